@@ -1,0 +1,72 @@
+"""What the commands show: progress bars on a terminal, plain lines in a log, tables at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+# Progress goes to stderr: stdout carries results only, so that they can be piped.
+_stderr = Console(stderr=True, highlight=False)
+_LOG_SECONDS = 15.0  # at most one plain line in this many seconds, so that a CI log stays readable
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yields the items, showing how far the work is: a bar on a terminal, now and then a line elsewhere."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    return _bar(items, description, total) if _stderr.is_terminal else _lines(items, description, total)
+
+
+def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_stderr, transient=True) as bar:
+        yield from bar.track(items, total=total, description=description)
+
+
+def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= _LOG_SECONDS:
+            last = now
+            print(f"{description}: {done}/{total or '?'} after {now - start:.0f} s", file=sys.stderr, flush=True)
+        yield item
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Announces a step of the pipeline, and how long it took."""
+    start = time.monotonic()
+    _stderr.print(f"[bold]{name}[/bold] …")
+    yield
+    _stderr.print(f"[bold]{name}[/bold]: done in {time.monotonic() - start:.0f} s")
+
+
+def note(text: str) -> None:
+    """One line for the person who watches."""
+    _stderr.print(text, markup=False)
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table of results to stdout."""
+    sheet = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        sheet.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        sheet.add_row(*row)
+    Console(highlight=False).print(sheet)
