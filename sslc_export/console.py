@@ -62,11 +62,11 @@ def note(text: str) -> None:
     _stderr.print(text, markup=False)
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table of results to stdout."""
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> None:
+    """Prints a table of results to stdout; figures in all columns but the first stand `right`."""
     sheet = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
-        sheet.add_column(name, justify="left" if index == 0 else "right")
+        sheet.add_column(name, justify="right" if right and index > 0 else "left", overflow="fold")
     for row in rows:
         sheet.add_row(*row)
-    Console(highlight=False).print(sheet)
+    Console(highlight=False, markup=False).print(sheet)

@@ -31,6 +31,8 @@ class CompressRecipe(_Recipe):
     )
     budget: float = Field(
         0.5,
+        gt=0,
+        le=1,
         description="size of the compressed layers over their dense size, 0 < budget ≤ 1; what it counts, "
         "--budget-in says",
     )
@@ -40,7 +42,10 @@ class CompressRecipe(_Recipe):
     )
     values_dtype: Literal["f32", "bf16"] = Field("f32", description="type of the stored values, U and V")
     rank_share: float | None = Field(
-        None, description="share of a layer's budget that goes to U and V, 0 ≤ share < 1 (default: the method's)"
+        None,
+        ge=0,
+        lt=1,
+        description="share of a layer's budget that goes to U and V, 0 ≤ share < 1 (default: the method's)",
     )
     calibration: list[str] = Field(
         default_factory=list,
