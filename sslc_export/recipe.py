@@ -133,15 +133,18 @@ def load_recipe(kind: type[R], file: str | None, flags: dict[str, object]) -> R:
         return kind(**{**values, **flags})
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        flag = "--" + name.split(".")[0].replace("_", "-")
+        name = str(first["loc"][0])
+        flag = "--" + name.replace("_", "-")
         if first["type"] == "extra_forbidden":
             fields = ", ".join(kind.model_fields)
             raise InputError(f"Recipe {file} has an unknown field {name}", allowed=fields) from error
+        meaning = kind.model_fields[name].description
         if first["type"] == "missing":
-            meaning = kind.model_fields[name].description
-            raise InputError(f"{flag} is missing", allowed=meaning, do=f"Pass {flag}; --help explains it") from error
-        raise InputError(f"{flag} has a value that is not allowed", got=first["input"], allowed=first["msg"]) from error
+            raise InputError(f"{flag} is missing", do=f"Pass {flag}: {meaning}") from error
+        rule = first["msg"].removeprefix("Input should be ")
+        raise InputError(
+            f"{flag} has a value that is not allowed", got=first["input"], allowed=rule, do=f"{flag} is the {meaning}"
+        ) from error
 
 
 def save_recipe(recipe: BaseModel, path: Path) -> None:
