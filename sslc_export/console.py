@@ -6,11 +6,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from compress.report import CompressReport
 
 T = TypeVar("T")
 
@@ -60,6 +63,18 @@ def stage(name: str) -> Iterator[None]:
 def note(text: str) -> None:
     """One line for the person who watches."""
     _stderr.print(text, markup=False)
+
+
+def compression(report: CompressReport) -> None:
+    """What a compression came to, in two lines."""
+    kept = [layer for layer in report.layers if not layer.dense_reason]
+    note(
+        f"{len(kept)} of {len(report.layers)} layers compressed by {report.method}: "
+        f"{report.budget_in_bytes:.3f} of their bytes, {report.budget_in_params:.3f} of their parameters; "
+        f"checkpoint {report.checkpoint_bytes / 1e6:.1f} MB, dense {report.source_bytes / 1e6:.1f} MB"
+    )
+    for reason in sorted({layer.dense_reason for layer in report.layers if layer.dense_reason}):
+        note(f"dense: {sum(layer.dense_reason == reason for layer in report.layers)} layers, {reason}")
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -47,16 +46,6 @@ def resolve(model: str) -> Path:
         allowed="a Hugging Face folder, a hub id such as HuggingFaceTB/SmolLM2-135M, or a .gguf file",
         do="Check the path",
     )
-
-
-def is_compressed(folder: Path) -> bool:
-    """Whether sslc-compress made this folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'} is not valid JSON", got=error) from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "sslc"
 
 
 def _download(hub_id: str) -> Path:
@@ -106,7 +95,7 @@ def _convert_gguf(path: Path) -> Path:
         logging.enable_progress_bar()
     # transformers still takes the model for a quantized one and would refuse to save it.
     model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer, model.is_quantized = None, False
+    model.__dict__.update(hf_quantizer=None, is_quantized=False)
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -12,8 +12,11 @@ from typing import Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.options import METHODS, CompressOptions
 from sslc_common.errors import InputError
 from sslc_common.files import atomic_path
+
+_DEFAULT = CompressOptions()
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -25,12 +28,13 @@ class _Recipe(BaseModel):
 class CompressRecipe(_Recipe):
     """How a dense model becomes sparse + low-rank."""
 
-    method: Literal["sslc", "oats", "sparsegpt", "wanda", "magnitude"] = Field(
-        "sslc",
-        description="solver of each layer's S + U·V; sslc is a reconstruction of the paper's, see docs/methods.md",
+    method: str = Field(
+        _DEFAULT.method,
+        description=f"solver of each layer's S + U·V: {', '.join(METHODS)}; sslc is a reconstruction of the paper's, "
+        "see docs/methods.md",
     )
     budget: float = Field(
-        0.5,
+        _DEFAULT.budget,
         gt=0,
         le=1,
         description="size of the compressed layers over their dense size, 0 < budget ≤ 1; what it counts, "
@@ -41,19 +45,16 @@ class CompressRecipe(_Recipe):
         description="bytes: values, bitmap, U and V as stored; params: the papers' count, non-zeros + r(N + K)",
     )
     values_dtype: Literal["f32", "bf16"] = Field("f32", description="type of the stored values, U and V")
-    rank_share: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="share of a layer's budget that goes to U and V, 0 ≤ share < 1 (default: the method's)",
+    rank_share: float = Field(
+        _DEFAULT.rank_share, ge=0, le=1, description="share of a layer's budget that goes to U and V"
     )
     calibration: list[str] = Field(
         default_factory=list,
         description="text to calibrate on: a file, a folder of .txt, or a Hugging Face dataset name; may be "
         "repeated, sources are mixed evenly (default: public-domain speeches that come with the package)",
     )
-    calibration_tokens: int = Field(24576, gt=0, description="tokens of calibration text")
-    sequence_length: int = Field(512, gt=0, description="tokens of one calibration sequence")
+    calibration_tokens: int = Field(_DEFAULT.calibration_tokens, gt=0, description="tokens of calibration text")
+    sequence_length: int = Field(_DEFAULT.sequence_length, gt=0, description="tokens of one calibration sequence")
     exclude: list[str] = Field(
         default_factory=list, description="layers to leave dense, by a glob on their names; may be repeated"
     )

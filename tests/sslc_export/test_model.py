@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from sslc_common.errors import InputError
-from sslc_export.model import is_compressed, resolve
+from sslc_export.model import resolve
 
 
 @pytest.fixture
@@ -63,7 +63,6 @@ def test_a_gguf_becomes_a_folder_once(tmp_path, cache):
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert resolve(str(file)) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    assert not is_compressed(folder)
 
 
 @pytest.mark.parametrize("keep", [10, 2000, -10])
@@ -92,13 +91,3 @@ def test_a_hub_id_without_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="somebody/something"):
         resolve("somebody/something")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"quantization_config": 3}'])
-def test_a_config_that_is_no_compressed_one(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    if text == "{":
-        with pytest.raises(InputError, match="not valid JSON"):
-            is_compressed(tmp_path)
-    else:
-        assert not is_compressed(tmp_path)

@@ -31,7 +31,7 @@ def test_a_budget_that_is_none_names_the_flag_and_what_was_got(budget):
         ("model: [unclosed\n", "not valid YAML"),
         ("- a list\n", "holds no fields"),
         ("out: e.onnx\n", "--model is missing"),
-        ("model: m\nout: e\nmethod: magic\n", "--method has a value.*Got: magic.*'sslc'"),
+        ("model: m\nout: e\nbudget_in: bits\n", "--budget-in has a value.*Got: bits.*'params'"),
         ("model: m\nout: e\nthreads: 0\n", "--threads has a value"),
         ("", "--model is missing"),
     ],
