@@ -109,7 +109,7 @@ def read_tensor(name: str, ref: TensorRef) -> Tensor:
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes in row-major order, in hexadecimal."""
-    return hashlib.sha256(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _sort_metadata(path: Path) -> None:
