@@ -97,8 +97,7 @@ class Kernel {
     const Tensor bitmap = weight(info, 1, "bitmap", 2), values = weight(info, 2, "values", 1),
                  U = weight(info, 3, "U", 2), V = weight(info, 4, "V", 2), bias = weight(info, 5, "bias", 1);
 
-    if (bitmap.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32) fail("bitmap is not int32");
-    if (bias.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) fail("bias is not float32");
+    // The types of X, bitmap and bias are declared (make_op), and checked by the runtime.
     if (values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)
       fail("values have ONNX element type " + std::to_string(values.type) + "; float32 (1) and bfloat16 (16) are known");
     if (U.type != values.type || V.type != values.type) fail("values, U and V are not of one type");
@@ -137,7 +136,6 @@ class Kernel {
       ort_.check(ort_->KernelContext_GetInput(context, 0, &input));
       const Tensor x = tensor_of(ort_, input);
       const int64_t K = layer_.layer().K;
-      if (x.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) fail("X is not float32");
       if (x.dims.empty() || x.dims.back() != K)
         fail("X is " + shape_text(x.dims) + ", but the layer takes [..., " + std::to_string(K) + "]");
       std::vector<int64_t> dims = x.dims;
@@ -231,7 +229,7 @@ OrtCustomOp make_op() {
   op.GetInputType = [](const OrtCustomOp*, size_t index) {
     switch (index) {
       case 1: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-      case 2: case 3: case 4: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // any; checked by Kernel
+      case 2: case 3: case 4: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // any; Kernel checks them
       default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     }
   };
