@@ -78,7 +78,8 @@ def median_interval(values: np.ndarray, seed: int = 0) -> Interval:
         seed: Of the resampling; the same values and seed give the same interval.
     """
     n = len(values)
-    # Measured coverage of the 95 % interval with n = 12: 0.85 with blocks of 2, 0.94 without.
+    # Measured coverage with n = 12: 0.85 with blocks of 2, 0.94 without. With n = 100: 0.93 and 0.94 if values are
+    # independent, 0.89 and 0.78 if each keeps half of its predecessor's error.
     block = round(n ** (1 / 3)) if n >= 30 else 1
     generator = np.random.default_rng(seed)
     starts = generator.integers(0, n, size=(_RESAMPLES, -(-n // block)))
