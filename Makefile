@@ -15,7 +15,7 @@ NATIVE := CMakeLists.txt $(wildcard plugins_ort/src/*)
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml scripts/setup.sh $(NATIVE)
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh $(NATIVE)
 	@sh scripts/setup.sh
 
 demo: setup

@@ -77,11 +77,16 @@ def compression(report: CompressReport) -> None:
         note(f"dense: {sum(layer.dense_reason == reason for layer in report.layers)} layers, {reason}")
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> None:
-    """Prints a table of results to stdout; figures in all columns but the first stand `right`."""
+def out(text: str) -> None:
+    """One line of results, on stdout."""
+    print(text, flush=True)
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table of results to stdout."""
     sheet = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
-        sheet.add_column(name, justify="right" if right and index > 0 else "left", overflow="fold")
+        sheet.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         sheet.add_row(*row)
     Console(highlight=False, markup=False).print(sheet)

@@ -28,6 +28,7 @@ def _doctor() -> int:
     from sslc_export import console, doctor
 
     findings = list(doctor.examine())
-    rows = [(f.name, f.found or "missing", f.enables, "" if f.found else f.get) for f in findings]
-    console.table("sslc-doctor", ("", "found", "enables", "how to get it"), rows, right=False)
+    for finding in findings:
+        state = "ok     " if finding.found else "missing"
+        console.out(f"{state}  {finding.name:<13} {finding.found or f'{finding.get}, for {finding.enables}'}")
     return MISSING if any(f.required and f.found is None for f in findings) else PASSED
