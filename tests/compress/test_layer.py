@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from compress.layer import LowRankSparseLinear, bitmap_words, keep_decoded, pack, unpack, unpack_mask
 
-
 DTYPES = (torch.float32, torch.bfloat16)
 
 
