@@ -15,7 +15,7 @@ def tiny_folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    save_tiny(folder, "llama", vocab_size=257, max_position_embeddings=128)
+    save_tiny(folder, "llama", vocab_size=257, max_position_embeddings=1024)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
     return folder
 
