@@ -62,16 +62,17 @@ def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tok
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_run_one_by_one_are_the_model(tmp_path, tokens, family):
-    """With dense weights, the block-by-block forward gives the hidden states of the whole model."""
-    folder = save_tiny(tmp_path / "source", family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_run_one_by_one_are_the_model(tmp_path, tokens, family, dtype):
+    """With dense weights, the block-by-block forward gives the hidden states of the whole model in float32."""
+    folder = save_tiny(tmp_path / "source", family, dtype)
     source = Source.open(folder)
     with torch.no_grad():
         hidden, calls = embed(source, tokens, tmp_path / "spill")
         for name, call in zip(source.blocks, calls, strict=True):
             source.load_block(name)
             pipeline.run(source.model.get_submodule(name), call, hidden)
-    model, seen = AutoModelForCausalLM.from_pretrained(folder), []
+    model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
     model.get_submodule(source.blocks[-1]).register_forward_hook(lambda _, __, y: seen.append(y))
     logits(model, tokens)
     assert torch.equal(hidden, seen[0])
