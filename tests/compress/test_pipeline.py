@@ -353,11 +353,20 @@ def test_an_output_that_is_there_is_not_touched_unless_told(tmp_path, tiny_llama
     compress_model(tiny_llama, out, CompressOptions(method="magnitude"))
     (out / "mine").touch()
     with pytest.raises(InputError, match="exists already"):
-        compress_model(tiny_llama, out, CompressOptions(method="magnitude"))
+        compress_model(tiny_llama, out, CompressOptions(method="magnitude", budget=0.4))
     assert (out / "mine").exists()
     compress_model(tiny_llama, out, CompressOptions(method="magnitude", overwrite=True))
     assert not (out / "mine").exists()
     compress.load(out)
+
+
+def test_what_was_done_before_is_not_done_again(tmp_path, tiny_llama, tokens, monkeypatch):
+    options = CompressOptions(exclude=("*.q_proj",), **HALF)
+    report = compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
+    monkeypatch.setattr(pipeline, "_compress_blocks", None)  # may not be called
+    assert compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens) == report
+    with pytest.raises(InputError, match="exists already"):
+        compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens.flip(1))
 
 
 def test_the_source_is_never_overwritten(tiny_llama):
