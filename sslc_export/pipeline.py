@@ -137,6 +137,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
 
     import compress
     from compress.calibration import read_tokens
+    from compress.layer import keep_decoded
     from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
     from sslc_export.engines.pytorch import TorchEngine
     from sslc_export.lowering.lower import lower
@@ -164,17 +165,20 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
             with console.stage(f"lower {dense} for comparison"):
                 twin = lower(dense, Path(folder) / "dense.onnx", console.progress)
         with console.stage("validate"):
+            sizes = ledger(record, path, twin, recipe.threads)
+            model = compress.load(checkpoint, dtype=torch.float32)
+            keep_decoded(model)
             engine = OnnxRuntimeEngine(path, threads=recipe.threads, name="compressed")
             if engine.fallback_reason:
                 console.note(f"the kernel does not run: {engine.fallback_reason}")
             return validate(
                 engine,
                 dense=OnnxRuntimeEngine(twin.path, threads=recipe.threads, name="dense") if twin else None,
-                reference=TorchEngine(compress.load(checkpoint, dtype=torch.float32)),
+                reference=TorchEngine(model),
                 held_out=np.asarray(held_out),
                 limits=limits,
                 options=Options(latency=latency),
-                sizes=ledger(record, path, twin),
+                sizes=sizes,
                 record=engine_record(record, engine, path),
                 layers=layer_records(checkpoint),
                 progress=console.progress,
