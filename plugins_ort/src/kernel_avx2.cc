@@ -27,7 +27,7 @@ inline float sum(Vec v) {
 }
 
 struct Shuffles {
-  alignas(32) int32_t f32[256][8];   // lane i takes value [i], or none where negative
+  alignas(32) int32_t f32[256][8];    // lane i takes value [i], or none where negative
   alignas(16) uint8_t bf16[256][16];  // byte i takes byte [i], or 0 where the top bit is set
 };
 

@@ -22,7 +22,8 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 
 // Expand instructions have two traps on Zen. The form that reads memory is microcoded, hence a load of its own. And on
 // Zen 5 the result waits for the register's last value even where the mask zeroes the rest (5 cycles instead of 1 when
-// a register is used again), hence the merge into a fresh zero. The empty asm statements keep compilers from undoing it.
+// a register is used again), hence the merge into a fresh zero. The empty asm statements keep compilers from undoing
+// it.
 inline __m512i fresh_zero() {
   __m512i zero = _mm512_setzero_si512();
   asm("" : "+v"(zero));
