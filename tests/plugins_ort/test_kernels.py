@@ -28,6 +28,7 @@ SHAPES = (  # N, K, r
     (64, 64, 64),
     (131, 192, 70),
     (257, 65, 64),
+    (301, 600, 5),  # more than one chunk of rows that stays in the cache
 )
 
 
