@@ -165,9 +165,9 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
             with console.stage(f"lower {dense} for comparison"):
                 twin = lower(dense, Path(folder) / "dense.onnx", console.progress)
         with console.stage("validate"):
-            sizes = ledger(record, path, twin, recipe.threads)
-            model = compress.load(checkpoint, dtype=torch.float32)
+            model = compress.load(checkpoint, dtype=torch.float32)  # first: it verifies every tensor
             keep_decoded(model)
+            sizes = ledger(record, path, twin, recipe.threads)
             engine = OnnxRuntimeEngine(path, threads=recipe.threads, name="compressed")
             if engine.fallback_reason:
                 console.note(f"the kernel does not run: {engine.fallback_reason}")
