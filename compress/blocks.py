@@ -84,7 +84,7 @@ def embed(source: Source, tokens: Tensor, spill: Path) -> tuple[Tensor, list[Blo
             first.clear()
             body(sequence[None], use_cache=False)
             if hidden is None:
-                hidden = _storage((*tokens.shape, first[0].shape[-1]), spill)
+                hidden = storage((*tokens.shape, first[0].shape[-1]), spill)
             hidden[index] = first[0][0]
     finally:
         for hook in hooks:
@@ -100,7 +100,7 @@ def embed(source: Source, tokens: Tensor, spill: Path) -> tuple[Tensor, list[Blo
 def run(block: nn.Module, call: BlockCall, hidden: Tensor) -> None:
     """Replaces the hidden states [n, L, d] by the block's outputs, in place."""
     for batch in batches(hidden):
-        batch.copy_(_output(block(batch, *call.args, **call.kwargs)))
+        batch.copy_(block_output(block(batch, *call.args, **call.kwargs)))
 
 
 def collect_inputs(
@@ -172,18 +172,19 @@ def _observe(
             handle.remove()
 
 
-def _output(output: Any) -> Tensor:
+def block_output(output: Any) -> Tensor:
+    """The hidden states of what a block returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def spilled_bytes(source: Source, tokens: Tensor) -> int:
-    """Size of the file that the hidden states of tokens [n, L] will need, 0 if they stay in memory."""
-    size = 4 * tokens.numel() * source.model.config.hidden_size
+def spilled_bytes(source: Source, tokens: Tensor, copies: int = 1) -> int:
+    """Size of the file that `copies` of the hidden states of tokens [n, L] will need, 0 if they stay in memory."""
+    size = 4 * copies * tokens.numel() * source.model.config.hidden_size
     return size if size > SPILL_BYTES else 0
 
 
-def _storage(shape: tuple[int, ...], spill: Path) -> Tensor:
-    """Zeros, float32, in memory or, if large, in a file whose pages the system can write back."""
+def storage(shape: tuple[int, ...], spill: Path) -> Tensor:
+    """Zeros, float32, for hidden states: in memory or, if large, in a file whose pages the system can write back."""
     size = 4 * torch.Size(shape).numel()
     if size <= SPILL_BYTES:
         return torch.zeros(shape)

@@ -27,10 +27,13 @@ METHODS = {
     "wanda": MethodTraits(calibrated=True, low_rank=False),
     "sparsegpt": MethodTraits(calibrated=True, low_rank=False),
     "oats": MethodTraits(calibrated=True, low_rank=True),
+    "alps": MethodTraits(calibrated=True, low_rank=False),
+    "hassle_free": MethodTraits(calibrated=True, low_rank=True),
     "sslc": MethodTraits(calibrated=True, low_rank=True),
 }
 VALUE_BYTES = {"f32": 4, "bf16": 2}
 BUDGET_UNITS = ("bytes", "params")
+ALLOCATIONS = ("fisher", "uniform")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class CompressOptions:
 
     Attributes:
         method: One of METHODS.
-        budget: Compressed over dense size of each layer, 0 < budget ≤ 1, in the unit of `budget_in`.
+        budget: Compressed over dense size of all layers together, 0 < budget ≤ 1, in the unit of `budget_in`.
         budget_in: "bytes": what is stored (values, bitmap, U, V) over the dense bytes at the same value type.
             "params": the papers' count, (nnz + r(N + K)) / NK.
+        allocation: "fisher": one threshold for the whole model on the loss that each entry's removal would cause (see
+            `compress.allocation`). "uniform": the same budget for every layer, as without calibration text.
         values_dtype: Type of values, U and V: "f32" or "bf16".
         rank_share: Share of the room for values that goes to U and V. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
@@ -59,6 +64,7 @@ class CompressOptions:
     method: str = "sslc"
     budget: float = 0.5
     budget_in: str = "bytes"
+    allocation: str = "fisher"
     values_dtype: str = "f32"
     rank_share: float = 0.1
     rank: int | None = None
@@ -73,6 +79,7 @@ class CompressOptions:
         _one_of("Method", self.method, METHODS)
         object.__setattr__(self, "budget", parse_budget(self.budget))
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
+        _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
         if not 0 <= self.rank_share <= 1:
             raise InputError("The rank share is out of range", got=self.rank_share, allowed="0 ≤ rank_share ≤ 1")

@@ -21,9 +21,10 @@ from compress.budget import LayerPlan
 from compress.calibration import fingerprint, hold_out, read_tokens
 from compress.folder import copy_companions, shard_name, write_config, write_index, write_json
 from compress.format import Progress, no_progress
+from compress.importance import Importance, load, measure, save, scratch_bytes
 from compress.layer import LowRankSparseLinear
 from compress.options import METHODS, CompressOptions
-from compress.planning import plan_model, space_needed
+from compress.planning import plan_model, share_out, space_needed
 from compress.report import CompressReport, LayerReport
 from compress.shards import read_header, read_tensor, write_shard
 from compress.solve import compress_block
@@ -33,6 +34,7 @@ from sslc_common.errors import InputError
 from sslc_common.files import remove, require_space, writing
 
 REPORT = "compression_report.json"
+_IMPORTANCE = "importance.safetensors"
 _SPILL = "hidden_states.bin"
 
 
@@ -86,8 +88,15 @@ def compress_model(
         work = Work.begin(out, identity, options.overwrite)
         resumed = len(work.finished)
         spilled = 0 if tokens is None else spilled_bytes(dense, tokens)
+        importance: dict[str, Importance] = {}
+        seen = tokens[:solving] if tokens is not None and options.allocation == "fisher" else None
+        if seen is not None:
+            spilled = max(spilled, scratch_bytes(dense, seen))
         require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
-        _compress_blocks(work, dense, plans, options, tokens, solving, progress)
+        if seen is not None:
+            importance = _importance(work, dense, seen, options.seed, progress)
+            plans = share_out(dense, plans, importance, options)
+        _compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
         rows = [row for block in work.finished for row in block]
         rest = {name: dense.read(name) for name in dense.outside_blocks()}
         write_shard(work.folder / _shards(dense)[-1], rest)
@@ -108,6 +117,7 @@ def compress_model(
             resumed_blocks=resumed,
         )
         write_json(work.folder / REPORT, report.to_json())
+        remove(work.folder / _IMPORTANCE)
         work.publish(out)
     return report
 
@@ -171,10 +181,19 @@ def _calibration_tokens(source: Source, options: CompressOptions, tokens: Tensor
     return tokens
 
 
+def _importance(work: Work, source: Source, tokens: Tensor, seed: int, progress: Progress) -> dict[str, Importance]:
+    """The importance of every layer: measured, or what an interrupted run measured."""
+    path = work.folder / _IMPORTANCE
+    if not path.is_file():
+        save(path, measure(source, tokens, work.folder / _SPILL, seed, progress))
+    return load(path)
+
+
 def _compress_blocks(
     work: Work,
     source: Source,
     plans: dict[str, LayerPlan],
+    importance: dict[str, Importance],
     options: CompressOptions,
     tokens: Tensor | None,
     solving: int,
@@ -194,7 +213,7 @@ def _compress_blocks(
                 if hidden is not None:
                     gram = METHODS[options.method].calibrated
                     inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
-                rows = compress_block(block, name, stored, inputs, plans, options)
+                rows = compress_block(block, name, stored, inputs, importance, plans, options)
                 write_shard(shard, stored)
                 work.finish_block(rows)
                 del inputs, stored

@@ -44,6 +44,11 @@ class CompressRecipe(_Recipe):
         "bytes",
         description="bytes: values, bitmap, U and V as stored; params: the papers' count, non-zeros + r(N + K)",
     )
+    allocation: Literal["fisher", "uniform"] = Field(
+        "fisher",
+        description="fisher: layers share the budget by how much the model's output depends on them; uniform: the "
+        "same for each",
+    )
     values_dtype: Literal["f32", "bf16"] = Field("f32", description="type of the stored values, U and V")
     rank_share: float = Field(
         _DEFAULT.rank_share, ge=0, le=1, description="share of a layer's budget that goes to U and V"
