@@ -61,12 +61,12 @@ class CompressOptions:
         InputError: an option is out of its range.
     """
 
-    method: str = "sslc"
+    method: str = "hassle_free"
     budget: float = 0.5
     budget_in: str = "bytes"
     allocation: str = "fisher"
     values_dtype: str = "f32"
-    rank_share: float = 0.1
+    rank_share: float = 0.0
     rank: int | None = None
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 16384
