@@ -53,6 +53,9 @@ class CompressOptions:
         calibration: Text files, folders of .txt files, or Hugging Face dataset names, mixed evenly.
         calibration_tokens: How many tokens of them are used; an eighth is held out to measure errors.
         sequence_length: Tokens per calibration sequence.
+        tuning_minutes: How long the whole compressed model is tuned towards the dense one's predictions on more text
+            from the calibration sources (`compress.tuning`). Needs both models in memory; the result depends on how
+            far the machine gets. 0 for none.
         seed: Of the choice of text and of the randomized SVD.
         exclude: Patterns (`*.mlp.down_proj`, fnmatch) of layers that stay dense.
         overwrite: Replace an existing output, and drop interrupted work that was begun with other options.
@@ -71,6 +74,7 @@ class CompressOptions:
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 16384
     sequence_length: int = 512
+    tuning_minutes: float = 0.0
     seed: int = 0
     exclude: tuple[str, ...] = ()
     overwrite: bool = False
@@ -92,6 +96,8 @@ class CompressOptions:
                 allowed="rank 0",
                 do=f"Leave the rank out, or choose {_names(m for m, t in METHODS.items() if t.low_rank)}",
             )
+        if not 0 <= self.tuning_minutes < math.inf:
+            raise InputError("The tuning time is out of range", got=self.tuning_minutes, allowed="0 minutes or more")
         if self.sequence_length < 2:
             raise InputError("The sequence length is too short", got=self.sequence_length, allowed="2 or more")
         if self.calibration_tokens < 2 * self.sequence_length:

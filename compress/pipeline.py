@@ -29,6 +29,7 @@ from compress.report import CompressReport, LayerReport
 from compress.shards import read_header, read_tensor, write_shard
 from compress.solve import compress_block
 from compress.source import Source, assign
+from compress.tuning import TOKENS, forget, tune_folder
 from compress.work import ALGORITHM_VERSION, Work, source_hash
 from sslc_common.errors import InputError
 from sslc_common.files import remove, require_space, writing
@@ -104,6 +105,9 @@ def compress_model(
         written = write_index(work.folder, _shards(dense))
         copy_companions(source, work.folder)
         write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
+        if options.tuning_minutes:
+            text = tokens[:solving] if tokens is not None and not options.calibration else _tuning_text(source, options)
+            tune_folder(work.folder, source, text, options.tuning_minutes, progress)
         report = CompressReport(
             method=options.method,
             layers=tuple(rows),
@@ -118,6 +122,7 @@ def compress_model(
         )
         write_json(work.folder / REPORT, report.to_json())
         remove(work.folder / _IMPORTANCE)
+        forget(work.folder)
         work.publish(out)
     return report
 
@@ -179,6 +184,18 @@ def _calibration_tokens(source: Source, options: CompressOptions, tokens: Tensor
             do="Use the tokenizer that belongs to the model",
         )
     return tokens
+
+
+def _tuning_text(source: Path, options: CompressOptions) -> Tensor:
+    """Sequences [n, L] from the calibration sources, drawn on beyond those that were calibrated on."""
+    return read_tokens(
+        options.calibration,
+        source,
+        tokens=max(TOKENS, options.calibration_tokens),
+        length=options.sequence_length,
+        seed=options.seed,
+        less=True,
+    )
 
 
 def _importance(work: Work, source: Source, tokens: Tensor, seed: int, progress: Progress) -> dict[str, Importance]:

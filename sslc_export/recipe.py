@@ -60,6 +60,11 @@ class CompressRecipe(_Recipe):
     )
     calibration_tokens: int = Field(_DEFAULT.calibration_tokens, gt=0, description="tokens of calibration text")
     sequence_length: int = Field(_DEFAULT.sequence_length, gt=0, description="tokens of one calibration sequence")
+    tuning_minutes: float = Field(
+        _DEFAULT.tuning_minutes,
+        ge=0,
+        description="minutes of tuning the compressed model towards the dense one's predictions; needs both in memory",
+    )
     exclude: list[str] = Field(
         default_factory=list, description="layers to leave dense, by a glob on their names; may be repeated"
     )
