@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.layer import keep_decoded
 from compress.source import Source, assign
 
 TOKENS_PER_BATCH = 2048  # Bounds the activations inside a block; more tokens at once were not faster.
@@ -99,8 +100,10 @@ def embed(source: Source, tokens: Tensor, spill: Path) -> tuple[Tensor, list[Blo
 
 def run(block: nn.Module, call: BlockCall, hidden: Tensor) -> None:
     """Replaces the hidden states [n, L, d] by the block's outputs, in place."""
+    keep_decoded(block)
     for batch in batches(hidden):
         batch.copy_(block_output(block(batch, *call.args, **call.kwargs)))
+    keep_decoded(block, False)
 
 
 def collect_inputs(

@@ -30,6 +30,10 @@ METHODS = {
     "alps": MethodTraits(calibrated=True, low_rank=False),
     "hassle_free": MethodTraits(calibrated=True, low_rank=True),
     "sslc": MethodTraits(calibrated=True, low_rank=True),
+    "three_basil": MethodTraits(calibrated=True, low_rank=True),
+    "cap": MethodTraits(calibrated=True, low_rank=True),
+    "svd_llm": MethodTraits(calibrated=True, low_rank=True),
+    "fwsvd": MethodTraits(calibrated=True, low_rank=True),
 }
 VALUE_BYTES = {"f32": 4, "bf16": 2}
 BUDGET_UNITS = ("bytes", "params")
@@ -72,7 +76,7 @@ class CompressOptions:
     rank_share: float = 0.0
     rank: int | None = None
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 32768
     sequence_length: int = 512
     tuning_minutes: float = 0.0
     seed: int = 0

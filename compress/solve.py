@@ -15,7 +15,19 @@ from compress.blocks import LayerInputs
 from compress.budget import LayerPlan
 from compress.importance import Importance
 from compress.layer import LowRankSparseLinear, pack
-from compress.methods import alps, hassle_free, magnitude, oats, sparsegpt, sslc, wanda
+from compress.methods import (
+    alps,
+    cap,
+    fwsvd,
+    hassle_free,
+    magnitude,
+    oats,
+    sparsegpt,
+    sslc,
+    svd_llm,
+    three_basil,
+    wanda,
+)
 from compress.options import VALUE_BYTES, CompressOptions
 from compress.report import LayerReport
 
@@ -27,6 +39,10 @@ SOLVERS: dict[str, Any] = {
     "alps": alps.solve,
     "hassle_free": hassle_free.solve,
     "sslc": sslc.solve,
+    "three_basil": three_basil.solve,
+    "cap": cap.solve,
+    "svd_llm": svd_llm.solve,
+    "fwsvd": fwsvd.solve,
 }
 _VALUE_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
