@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.architectures import linear_shape, linears
-from compress.blocks import BlockCall, batches, block_output, embed, run, spilled_bytes, storage
+from compress.blocks import BlockCall, batches, block_output, embed, return_freed_memory, run, spilled_bytes
 from compress.format import Progress, no_progress
 from compress.shards import read_header, read_tensor, write_shard
 from compress.source import Source, assign
@@ -50,31 +50,34 @@ def measure(
     Args:
         source: The dense model.
         tokens: int64 [n, L]; the first ones, about TOKENS of them, are used.
-        scratch: File for the hidden states before every block, if they are large; removed at the end.
+        scratch: Name of files for the hidden states before every block; removed at the end.
         seed: Of the drawn labels.
         progress: Wraps the loop over blocks.
     """
-    tokens = _first(tokens)
+    tokens, files = _first(tokens), []
     try:
         hidden, calls = embed(source, tokens, scratch)
-        states = storage((len(source.blocks), *hidden.shape), scratch.with_suffix(".all"))
         for index, (name, call) in enumerate(zip(source.blocks, calls, strict=True)):
-            states[index] = hidden
+            files.append(scratch.with_name(f"{scratch.name}.{index}"))
+            files[index].write_bytes(hidden.numpy().data)
             source.load_block(name)
             run(source.model.get_submodule(name), call, hidden)
             source.model.get_submodule(name).to("meta")
+            return_freed_memory()
         gradient = _head_gradient(source, tokens, hidden, seed)
         found: dict[str, Importance] = {}
-        order = list(zip(source.blocks, calls, states, strict=True))
-        for name, call, inputs in progress(order[::-1], "Measuring importance"):
+        order = list(zip(source.blocks, calls, files, strict=True))[::-1]
+        for name, call, file in progress(order, "Measuring importance"):
             source.load_block(name)
             block = source.model.get_submodule(name)
+            inputs = torch.from_file(str(file), size=hidden.numel(), dtype=torch.float32).view(hidden.shape)
             found |= {f"{name}.{layer}": value for layer, value in _block(block, call, inputs, gradient).items()}
             block.to("meta")
+            return_freed_memory()
         return found
     finally:
-        remove(scratch)
-        remove(scratch.with_suffix(".all"))
+        for file in (scratch, *files):
+            remove(file)
 
 
 def save(path: Path, importance: dict[str, Importance]) -> None:
@@ -94,9 +97,9 @@ def load(path: Path) -> dict[str, Importance]:
 
 
 def scratch_bytes(source: Source, tokens: Tensor) -> int:
-    """Size of the files that `measure` will need for tokens [n, L]; 0 if all stays in memory."""
+    """Size of the files that `measure` will need for tokens [n, L]."""
     tokens = _first(tokens)
-    return spilled_bytes(source, tokens) + spilled_bytes(source, tokens, copies=len(source.blocks))
+    return spilled_bytes(source, tokens) + 4 * tokens.numel() * source.model.config.hidden_size * len(source.blocks)
 
 
 def _first(tokens: Tensor) -> Tensor:

@@ -7,9 +7,7 @@ the calibration sequences, however many blocks there are.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.architectures import linears
-from compress.blocks import LayerInputs, collect_inputs, embed, run, spilled_bytes
+from compress.blocks import LayerInputs, collect_inputs, embed, return_freed_memory, run, spilled_bytes
 from compress.budget import LayerPlan
 from compress.calibration import fingerprint, hold_out, read_tokens
 from compress.folder import copy_companions, shard_name, write_config, write_index, write_json
@@ -241,19 +239,9 @@ def _compress_blocks(
             if hidden is not None:
                 run(block, calls[index], hidden)
             block.to("meta")
-            _return_freed_memory()
+            return_freed_memory()
     finally:
         remove(spill)
-
-
-def _return_freed_memory() -> None:
-    """Hands freed tensors back to the system.
-
-    glibc keeps freed memory in its heap, in pieces that later blocks do not fit into: without this, 8 blocks of
-    LLaMA-7B's shape needed 13 % more memory than 4 (scripts/bench_memory.py).
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def _load_finished(source: Source, name: str, shard: Path) -> None:
