@@ -20,6 +20,7 @@ from compress.budget import LayerPlan, most_values, parameters
 from compress.importance import Importance
 
 SLACK = 0.4  # A layer keeps between SLACK times the mean share, and 1 − SLACK/2 times the mean share removed.
+_MOST_DIRECTIONS = 256  # of one layer that are looked at
 _SAMPLES = 1 << 16  # Scores of one layer that are looked at.
 
 
@@ -29,6 +30,7 @@ def allocate(
     weight: Callable[[str], Tensor],
     importance: dict[str, Importance],
     value_bytes: int,
+    choose_ranks: bool = False,
 ) -> dict[str, LayerPlan]:
     """Plans with the same total of values, ranks scaled with them. Layers that stay dense are left out of it.
 
@@ -40,6 +42,7 @@ def allocate(
         weight: Reads the dense weight [N, K] of a layer.
         importance: Of every layer that is not left dense.
         value_bytes: Of a stored value.
+        choose_ranks: Whether each layer gets the rank that pays (`paying_rank`) rather than its share of the plan's.
     """
     names = [name for name, plan in plans.items() if not plan.dense_reason]
     if not names:
@@ -70,6 +73,13 @@ def allocate(
         more = min(left, int(high[index] - shared[index]))
         shared[index] += more
         left -= more
+    if choose_ranks:
+        return plans | {
+            name: _with_rank(
+                plans[name], paying_rank(_scaled_weight(weight(name), importance[name]), room), shapes[name], room
+            )
+            for name, room in zip(names, shared.tolist(), strict=True)
+        }
     return plans | {
         name: _scaled(plans[name], shapes[name], int(old), int(new))
         for name, old, new in zip(names, rooms, shared, strict=True)
@@ -86,9 +96,39 @@ def _scaled(plan: LayerPlan, shape: tuple[int, int], old: int, new: int) -> Laye
     return replace(plan, rank=rank, nnz=nnz)
 
 
+def paying_rank(A: Tensor, room: int) -> int:
+    """The rank r, often 0, with the least loss where A = √F·W·d [N, K] gets r directions and room − r(N + K) values.
+
+    The directions are the first of the SVD, the values the largest entries of the rest; the loss is the energy of what
+    remains. r is 0 or a power of two, and takes half of the room at most.
+    """
+    N, K = A.shape
+    most = min(_MOST_DIRECTIONS, min(N, K), room // (2 * (N + K)))
+    ranks = [0] + [1 << i for i in range(most.bit_length())]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        U, s, V = torch.svd_lowrank(A, min(ranks[-1] + 8, N, K), niter=2)
+
+    def loss(r: int) -> float:
+        rest = (A - (U[:, :r] * s[:r]) @ V[:, :r].T).square().flatten().numpy()
+        removed = N * K - (room - r * (N + K))
+        return float(np.partition(rest, removed - 1)[:removed].sum(dtype=np.float64)) if removed > 0 else 0.0
+
+    return min(ranks, key=loss)
+
+
+def _with_rank(plan: LayerPlan, rank: int, shape: tuple[int, int], room: int) -> LayerPlan:
+    return replace(plan, rank=rank, nnz=room - rank * sum(shape))
+
+
+def _scaled_weight(W: Tensor, importance: Importance) -> Tensor:
+    """√F·W·d: its squared entries are the scores."""
+    return W.float() * importance.inputs.sqrt() * importance.outputs.sqrt()[:, None]
+
+
 def _sorted_scores(W: Tensor, importance: Importance) -> np.ndarray:
     """Logarithms of F_n·(W[n, k]·d_k)², ascending; of evenly spaced entries where there are many."""
-    scores = W.float().square() * importance.inputs * importance.outputs[:, None]
+    scores = _scaled_weight(W, importance).square()
     stride = max(1, W.numel() // _SAMPLES)
     while math.gcd(stride, W.shape[1]) > 1:  # else it would see some columns only
         stride += 1

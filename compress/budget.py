@@ -87,4 +87,4 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
 def _rank(N: int, K: int, room: int, options: CompressOptions) -> int:
     if options.rank is not None:
         return min(options.rank, N, K)
-    return min(math.floor(options.rank_share * room / (N + K)), N, K)
+    return min(math.floor((options.rank_share or 0) * room / (N + K)), N, K)

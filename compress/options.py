@@ -52,7 +52,8 @@ class CompressOptions:
         allocation: "fisher": one threshold for the whole model on the loss that each entry's removal would cause (see
             `compress.allocation`). "uniform": the same budget for every layer, as without calibration text.
         values_dtype: Type of values, U and V: "f32" or "bf16".
-        rank_share: Share of the room for values that goes to U and V. Methods without a low-rank part ignore it.
+        rank_share: Share of the room for values that goes to U and V; None for the rank that pays in each layer, often
+            0, and always 0 with a uniform allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
         calibration: Text files, folders of .txt files, or Hugging Face dataset names, mixed evenly.
         calibration_tokens: How many tokens of them are used; an eighth is held out to measure errors.
@@ -73,7 +74,7 @@ class CompressOptions:
     budget_in: str = "bytes"
     allocation: str = "fisher"
     values_dtype: str = "f32"
-    rank_share: float = 0.0
+    rank_share: float | None = None
     rank: int | None = None
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 32768
@@ -89,7 +90,7 @@ class CompressOptions:
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
         _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
-        if not 0 <= self.rank_share <= 1:
+        if self.rank_share is not None and not 0 <= self.rank_share <= 1:
             raise InputError("The rank share is out of range", got=self.rank_share, allowed="0 ≤ rank_share ≤ 1")
         if self.rank is not None and self.rank < 0:
             raise InputError("The rank is negative", got=self.rank, allowed="0 or more")

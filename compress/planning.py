@@ -10,7 +10,7 @@ from compress.allocation import allocate
 from compress.architectures import linear_shape, linears, output_rows
 from compress.budget import LayerPlan, plan_layer, stored_bytes
 from compress.importance import Importance
-from compress.options import VALUE_BYTES, CompressOptions
+from compress.options import METHODS, VALUE_BYTES, CompressOptions
 from compress.source import Source
 from sslc_common.errors import InputError
 
@@ -51,7 +51,8 @@ def share_out(
     def weight(name: str) -> Tensor:
         return output_rows(linear[name], source.read(f"{name}.weight"))
 
-    return allocate(plans, shapes, weight, importance, VALUE_BYTES[options.values_dtype])
+    free = options.rank is None and options.rank_share is None and METHODS[options.method].low_rank
+    return allocate(plans, shapes, weight, importance, VALUE_BYTES[options.values_dtype], choose_ranks=free)
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:

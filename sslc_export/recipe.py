@@ -50,8 +50,11 @@ class CompressRecipe(_Recipe):
         "same for each",
     )
     values_dtype: Literal["f32", "bf16"] = Field("f32", description="type of the stored values, U and V")
-    rank_share: float = Field(
-        _DEFAULT.rank_share, ge=0, le=1, description="share of a layer's budget that goes to U and V"
+    rank_share: float | None = Field(
+        _DEFAULT.rank_share,
+        ge=0,
+        le=1,
+        description="share of a layer's budget that goes to U and V (default: what pays in each layer, often nothing)",
     )
     calibration: list[str] = Field(
         default_factory=list,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from compress.allocation import SLACK, allocate
+from compress.allocation import SLACK, allocate, paying_rank
 from compress.budget import LayerPlan, parameters, stored_bytes
 from compress.importance import Importance
 
@@ -77,3 +77,22 @@ def test_inputs_count_as_much_as_outputs():
 def test_nothing_to_share_is_no_problem():
     plans = {"d": LayerPlan(dense_reason="excluded")}
     assert allocate(plans, SHAPES, lambda name: torch.zeros(SHAPES[name]), {}, 4) == plans
+
+
+def test_directions_are_taken_where_they_are_worth_more_than_the_values_they_cost():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 100, generator=g)
+    assert paying_rank(noise, 3200) == 0
+    low_rank = torch.randn(64, 4, generator=g) @ torch.randn(4, 100, generator=g)
+    assert paying_rank(noise + 5 * low_rank, 3200) == 4
+    assert paying_rank(noise + 5 * low_rank, 150) == 0  # not even room for one
+    assert paying_rank(noise * (noise.abs() > 2.5) + low_rank, 1800) == 4
+
+
+def test_ranks_that_pay_keep_the_total():
+    plans, weights, importance = problem()
+    weights["b"] = weights["b"] + 10 * torch.ones(64, 1) @ torch.randn(1, 100)
+    shared = allocate(plans, SHAPES, weights.__getitem__, importance, 4, choose_ranks=True)
+    assert shared["b"].rank > 0 == shared["a"].rank
+    before, after = (sum(parameters(*SHAPES[n], p[n].nnz, p[n].rank) for n in "abc") for p in (plans, shared))
+    assert before == after
