@@ -1,0 +1,228 @@
+"""From a dense folder to a compressed one, holding one decoder block at a time.
+
+Calibration is sequential: each block is solved on the hidden states that the compressed blocks before it produce, so
+that it sees, and can partly mend, their errors. Peak memory is one block, its Gram matrices and the hidden states of
+the calibration sequences, however many blocks there are.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.architectures import linears
+from compress.blocks import LayerInputs, collect_inputs, embed, run, spilled_bytes
+from compress.budget import LayerPlan
+from compress.calibration import fingerprint, hold_out, read_tokens
+from compress.folder import copy_companions, shard_name, write_config, write_index, write_json
+from compress.format import Progress, no_progress
+from compress.layer import LowRankSparseLinear
+from compress.options import METHODS, CompressOptions
+from compress.planning import plan_model, space_needed
+from compress.report import CompressReport, LayerReport
+from compress.shards import read_header, read_tensor, write_shard
+from compress.solve import compress_block
+from compress.source import Source, assign
+from compress.work import Work, source_hash
+from sslc_common.errors import InputError
+from sslc_common.files import remove, require_space, writing
+
+REPORT = "compression_report.json"
+_SPILL = "hidden_states.bin"
+
+
+def compress_model(
+    source: Path,
+    out: Path,
+    options: CompressOptions,
+    *,
+    tokens: Tensor | None = None,
+    progress: Progress = no_progress,
+) -> CompressReport:
+    """Compresses the linear layers of a model's decoder blocks and writes a checkpoint (docs/format.md).
+
+    Work goes to `OUT.partial`, which stays if it is interrupted; calling again with the same source, text and options
+    continues after the last finished block and gives the same bytes. OUT appears when all is done.
+
+    Args:
+        source: Dense Hugging Face folder of a supported architecture, with safetensors.
+        out: Folder to write. Must not exist or be empty, unless `options.overwrite`.
+        options: What to do.
+        tokens: int64 [n, L], calibration sequences instead of `options.calibration`.
+        progress: Wraps the loop over blocks.
+
+    Returns:
+        What was done to each layer; the same is in OUT/compression_report.json.
+
+    Raises:
+        InputError: bad input of any kind, a place that cannot be written, a full disk.
+        MissingError: calibration wants a dataset and `datasets` is not installed.
+    """
+    began = time.perf_counter()
+    source, out = Path(source), Path(out)
+    _require_free(source, out, options.overwrite)
+    dense = Source.open(source)
+    plans = plan_model(dense, options)
+    tokens = _calibration_tokens(dense, options, tokens)
+    solving = 0
+    if tokens is not None:
+        tokens, solving = hold_out(tokens)
+    identity: dict[str, Any] = {
+        "source": source_hash(dense.checkpoint),
+        "calibration": None if tokens is None else fingerprint(tokens),
+        "options": options.what_decides(),
+    }
+    with writing(out), torch.no_grad():
+        work = Work.begin(out, identity, options.overwrite)
+        resumed = len(work.finished)
+        spilled = 0 if tokens is None else spilled_bytes(dense, tokens)
+        require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
+        _compress_blocks(work, dense, plans, options, tokens, solving, progress)
+        rows = [row for block in work.finished for row in block]
+        _write_rest(work.folder, dense)
+        written = write_index(work.folder, _shards(dense))
+        copy_companions(source, work.folder)
+        write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
+        report = CompressReport(
+            method=options.method,
+            layers=tuple(rows),
+            source_bytes=sum(ref.length for ref in dense.checkpoint.tensors.values()),
+            checkpoint_bytes=sum(ref.length for ref in written.values()),
+            source_hash=identity["source"],
+            calibration=identity["calibration"],
+            calibration_tokens=0 if tokens is None else tokens[:solving].numel(),
+            held_out_tokens=0 if tokens is None else tokens[solving:].numel(),
+            seconds=time.perf_counter() - began,
+            resumed_blocks=resumed,
+        )
+        write_json(work.folder / REPORT, report.to_json())
+        work.publish(out)
+    return report
+
+
+def _require_free(source: Path, out: Path, overwrite: bool) -> None:
+    if out.resolve() == source.resolve():
+        raise InputError(f"The output is the source, {source}", do="Choose another output")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already", do="Choose another output, remove it, or overwrite it")
+
+
+def _calibration_tokens(source: Source, options: CompressOptions, tokens: Tensor | None) -> Tensor | None:
+    """Sequences [n, L] from the caller or from text; None if there are none and the method needs none."""
+    if tokens is None:
+        if not options.calibration and not METHODS[options.method].calibrated:
+            return None
+        tokens = read_tokens(
+            options.calibration,
+            source.checkpoint.folder,
+            tokens=options.calibration_tokens,
+            length=options.sequence_length,
+            seed=options.seed,
+        )
+    if tokens.ndim != 2 or len(tokens) < 2:
+        raise InputError("There are too few calibration sequences", got=list(tokens.shape), allowed="[2 or more, L]")
+    config = source.model.config
+    limit = getattr(config, "max_position_embeddings", tokens.shape[1])
+    if tokens.shape[1] > limit:
+        raise InputError(
+            "The calibration sequences are longer than the model can take",
+            got=f"{tokens.shape[1]} tokens",
+            allowed=f"at most {limit}",
+            do="Choose a shorter sequence length",
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+        raise InputError(
+            "The calibration tokens are not in the model's vocabulary",
+            got=f"tokens from {int(tokens.min())} to {int(tokens.max())}",
+            allowed=f"0 to {config.vocab_size - 1}",
+            do="Use the tokenizer that belongs to the model",
+        )
+    return tokens
+
+
+def _compress_blocks(
+    work: Work,
+    source: Source,
+    plans: dict[str, LayerPlan],
+    options: CompressOptions,
+    tokens: Tensor | None,
+    solving: int,
+    progress: Progress,
+) -> None:
+    """Compresses every block that is not finished, and writes its shard."""
+    spill, hidden = work.folder / _SPILL, None
+    try:
+        if tokens is not None:
+            hidden, calls = embed(source, tokens, spill)
+        for index, name in enumerate(progress(source.blocks, "Compressing blocks")):
+            shard = work.folder / _shards(source)[index]
+            block = source.model.get_submodule(name)
+            if index >= len(work.finished):
+                stored = source.load_block(name)
+                inputs: dict[str, LayerInputs] = {}
+                if hidden is not None:
+                    gram = METHODS[options.method].calibrated
+                    inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
+                rows = compress_block(block, name, stored, inputs, plans, options)
+                write_shard(shard, stored)
+                work.finish_block(rows)
+                del inputs, stored
+            elif hidden is not None:
+                _load_finished(source, name, shard)
+            if hidden is not None:
+                run(block, calls[index], hidden)
+            block.to("meta")
+    finally:
+        remove(spill)
+
+
+def _load_finished(source: Source, name: str, shard: Path) -> None:
+    """Puts a block that an earlier run finished into the skeleton, as `compress_block` left it."""
+    tensors = {key: read_tensor(key, ref) for key, ref in read_header(shard).items()}
+    for layer in linears(source.model.get_submodule(name)):
+        full = f"{name}.{layer}"
+        if f"{full}.bitmap" in tensors:
+            bitmap, values, U, V = (tensors.pop(f"{full}.{part}") for part in ("bitmap", "values", "U", "V"))
+            bias = tensors.pop(f"{full}.bias").float() if f"{full}.bias" in tensors else None
+            compressed = LowRankSparseLinear.from_parts(bitmap, values, U, V, bias)
+            source.model.set_submodule(full, compressed)
+    for parameter, tensor in tensors.items():
+        assign(source.model, parameter, tensor.float())
+
+
+def _shards(source: Source) -> list[str]:
+    """Names of the shards: one per block, and the last for the rest."""
+    count = len(source.blocks) + 1
+    return [shard_name(index, count) for index in range(count)]
+
+
+def _write_rest(folder: Path, source: Source) -> None:
+    """Writes what lies outside the blocks, as it is, into the last shard."""
+    inside = tuple(f"{name}." for name in source.blocks)
+    tied = source.model.all_tied_weights_keys if source.model.config.tie_word_embeddings else {}
+    names = [name for name, _ in source.model.named_parameters() if not name.startswith(inside)]
+    write_shard(
+        folder / _shards(source)[-1],
+        {name: source.read(name) for name in names if name not in tied or source.find(name)},
+    )
+
+
+def _compression_config(rows: list[LayerReport], identity: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the compression; nothing in it changes from run to run."""
+    return {
+        **identity["options"],
+        "source": identity["source"],
+        "calibration": identity["calibration"],
+        "layers": {
+            row.name: {"N": row.N, "K": row.K, "rank": row.rank, "nnz": row.nnz, "density": round(row.density, 6)}
+            for row in rows
+            if not row.dense_reason
+        },
+        "dense_layers": {row.name: row.dense_reason for row in rows if row.dense_reason},
+    }

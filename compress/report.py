@@ -1,0 +1,102 @@
+"""What a compression did, layer by layer and in total; written as compression_report.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compress.budget import parameters
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer.
+
+    Attributes:
+        name: Its module name.
+        N: Outputs.
+        K: Inputs.
+        rank: r; 0 if the layer is dense.
+        nnz: Stored values of S; N·K if the layer is dense.
+        bytes: In the checkpoint: values, bitmap, U, V and bias.
+        dense_bytes: Weight and bias dense, at the same value type.
+        error: ‖(W − S − U·V)X‖ / ‖W·X‖ on calibration sequences that the solver did not see; None without calibration.
+        seconds: Spent on solving it.
+        dense_reason: Why the layer stays dense; empty if it does not.
+    """
+
+    name: str
+    N: int
+    K: int
+    rank: int
+    nnz: int
+    bytes: int
+    dense_bytes: int
+    error: float | None = None
+    seconds: float = 0.0
+    dense_reason: str = ""
+
+    @property
+    def density(self) -> float:
+        """Stored share of S."""
+        return self.nnz / (self.N * self.K)
+
+    @property
+    def parameters(self) -> int:
+        """The papers' count, nnz + r(N + K)."""
+        return parameters(self.N, self.K, self.nnz, self.rank)
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """A whole model.
+
+    Attributes:
+        method: Of the compression.
+        layers: The linear layers of the decoder blocks, in order.
+        source_bytes: All tensors of the source.
+        checkpoint_bytes: All tensors of the checkpoint.
+        source_hash: SHA-256 over config and weights of the source.
+        calibration: Fingerprint of the calibration tokens; None without.
+        calibration_tokens: How many the solvers saw.
+        held_out_tokens: How many measured the errors.
+        seconds: For everything, resumed work not included.
+        resumed_blocks: Blocks that an interrupted run had finished.
+    """
+
+    method: str
+    layers: tuple[LayerReport, ...]
+    source_bytes: int
+    checkpoint_bytes: int
+    source_hash: str
+    calibration: str | None
+    calibration_tokens: int
+    held_out_tokens: int
+    seconds: float
+    resumed_blocks: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all linear layers in the blocks, as stored."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of all linear layers in the blocks, dense at the same value type."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def budget_in_bytes(self) -> float:
+        """What the linear layers came to, in bytes."""
+        return self.bytes / self.dense_bytes
+
+    @property
+    def budget_in_params(self) -> float:
+        """What the linear layers came to, in the papers' count."""
+        return sum(layer.parameters for layer in self.layers) / sum(layer.N * layer.K for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, totals included, ready for JSON."""
+        totals = {key: getattr(self, key) for key in ("bytes", "dense_bytes", "budget_in_bytes", "budget_in_params")}
+        rows = [asdict(layer) | {"density": layer.density} for layer in self.layers]
+        return asdict(self) | totals | {"layers": rows}

@@ -1,0 +1,97 @@
+"""Solving the linear layers of one block by a method, within their plans."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import budget
+from compress.architectures import linear_shape, linears
+from compress.blocks import LayerInputs
+from compress.budget import LayerPlan
+from compress.layer import LowRankSparseLinear, pack
+from compress.methods import magnitude, oats, sparsegpt, sslc, wanda
+from compress.options import VALUE_BYTES, CompressOptions
+from compress.report import LayerReport
+
+SOLVERS: dict[str, Any] = {
+    "magnitude": magnitude.solve,
+    "wanda": wanda.solve,
+    "sparsegpt": sparsegpt.solve,
+    "oats": oats.solve,
+    "sslc": sslc.solve,
+}
+_VALUE_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compress_block(
+    block: nn.Module,
+    name: str,
+    stored: dict[str, Tensor],
+    inputs: dict[str, LayerInputs],
+    plans: dict[str, LayerPlan],
+    options: CompressOptions,
+) -> list[LayerReport]:
+    """Replaces the linear layers of a block by compressed ones, in the module and in `stored`."""
+    rows, value_bytes = [], VALUE_BYTES[options.values_dtype]
+    for layer, linear in linears(block).items():
+        full = f"{name}.{layer}"
+        plan, (N, K) = plans[full], linear_shape(linear)
+        bias = stored.get(f"{full}.bias")
+        bias_bytes = 0 if bias is None else bias.numel() * bias.itemsize
+        dense = budget.dense_bytes(N, K, value_bytes, bias_bytes)
+        if plan.dense_reason:
+            rows.append(LayerReport(full, N, K, 0, N * K, dense, dense, dense_reason=plan.dense_reason))
+            continue
+        began = time.perf_counter()
+        W = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T.contiguous()  # type: ignore[operator]
+        compressed = _solve(full, W, linear.bias, inputs.get(layer), plan, options)  # type: ignore[arg-type]
+        rows.append(
+            LayerReport(
+                full,
+                N,
+                K,
+                plan.rank,
+                plan.nnz,
+                bytes=budget.stored_bytes(N, K, plan.nnz, plan.rank, value_bytes, bias_bytes),
+                dense_bytes=dense,
+                error=_held_out_error(W, compressed, inputs[layer].held_out) if layer in inputs else None,
+                seconds=time.perf_counter() - began,
+            )
+        )
+        del stored[f"{full}.weight"]
+        for part in ("bitmap", "values", "U", "V"):
+            stored[f"{full}.{part}"] = getattr(compressed, part)
+        block.set_submodule(layer, compressed)
+    return rows
+
+
+def _solve(
+    name: str,
+    W: Tensor,
+    bias: Tensor | None,
+    inputs: LayerInputs | None,
+    plan: LayerPlan,
+    options: CompressOptions,
+) -> LowRankSparseLinear:
+    """One layer [N, K], its values as they will be stored."""
+    with torch.random.fork_rng(devices=[]):
+        # A seed for each layer, not one for the run: a resumed run draws the same numbers.
+        torch.manual_seed(options.seed + zlib.crc32(name.encode()))
+        gram = None if inputs is None else inputs.gram
+        mask, *parts = SOLVERS[options.method](W.detach(), gram, plan.nnz, plan.rank)
+    S, U, V = (part.to(_VALUE_DTYPES[options.values_dtype]).contiguous() for part in parts)
+    for part in (S, U, V):
+        if not torch.isfinite(part).all():
+            raise ArithmeticError(f"{options.method} made values of {name} that are not finite")
+    return LowRankSparseLinear.from_parts(*pack(S, mask), U, V, bias)
+
+
+def _held_out_error(W: Tensor, layer: LowRankSparseLinear, X: Tensor) -> float:
+    """‖(W − S − U·V)X‖ / ‖W·X‖ for X [tokens, K]."""
+    dense = float((X @ W.T).norm())
+    return float((X @ (W - layer.weight).T).norm()) / dense if dense else 0.0

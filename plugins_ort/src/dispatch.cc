@@ -1,0 +1,62 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <vector>
+
+namespace sslc {
+
+extern const Kernels kPortable;
+#ifdef SSLC_X86
+extern const Kernels kAvx512;
+extern const Kernels kAvx2;
+#endif
+
+namespace {
+
+std::atomic<const Kernels*> forced{nullptr};
+
+// Best first. __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#ifdef SSLC_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi") &&
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))
+    found.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))
+    found.push_back(&kAvx2);
+#endif
+  found.push_back(&kPortable);
+  return found;
+}
+
+const Kernels* named(const std::string& name, const char* asker, std::string* error) {
+  std::string names;
+  for (const Kernels* kernels : available()) {
+    if (name == kernels->name) return kernels;
+    names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
+  }
+  *error = std::string(asker) + " asks for the kernel '" + name + "'; this processor can run: " + names;
+  return nullptr;
+}
+
+}  // namespace
+
+const Kernels* kernels(std::string* error) {
+  if (const Kernels* chosen = forced.load()) return chosen;
+  const char* wanted = std::getenv("SSLC_KERNEL");
+  if (wanted != nullptr && *wanted != '\0') return named(wanted, "The environment variable SSLC_KERNEL", error);
+  return available().front();
+}
+
+bool set_kernels(const std::string& name, std::string* error) {
+  const Kernels* chosen = name.empty() ? nullptr : named(name, "sslc_set_kernel", error);
+  if (!name.empty() && chosen == nullptr) return false;
+  forced.store(chosen);
+  return true;
+}
+
+}  // namespace sslc

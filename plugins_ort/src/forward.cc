@@ -1,0 +1,158 @@
+#include "forward.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace sslc {
+namespace {
+
+// Memory of the calling thread that later calls use again: activations in the kernel's order, and t = V x.
+class Scratch {
+ public:
+  float* at_least(int64_t floats) {
+    if (floats > size_) {
+      size_ = 0;
+      data_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64)))));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = floats;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// Calls body(begin, end) for pieces of [0, count) that are multiples of `piece` long.
+template <class Body>
+void for_ranges(const Parallel& parallel, int64_t count, int64_t piece, const Body& body) {
+  struct Task {
+    const Body* body;
+    int64_t count, piece;
+  } task{&body, count, piece};
+  const int64_t pieces = (count + piece - 1) / piece;
+  if (pieces == 1) return body(int64_t{0}, count);
+  if (pieces == 0) return;
+  parallel.run(
+      parallel.context,
+      [](void* user, size_t i) {
+        const Task& task = *static_cast<const Task*>(user);
+        const int64_t begin = static_cast<int64_t>(i) * task.piece;
+        (*task.body)(begin, std::min(begin + task.piece, task.count));
+      },
+      static_cast<size_t>(pieces), &task);
+}
+
+// Rows per task: enough tasks that a slow thread does not hold up the others, each large enough (64 KiB of weights, or
+// as much work) that handing it out costs nothing. A multiple of 16, so that threads do not write to one cache line.
+int64_t rows_per_task(int64_t rows, double bytes_per_row) {
+  const double tasks = std::clamp(static_cast<double>(rows) * bytes_per_row / 65536, 1.0, 64.0);
+  return round_up(std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) / tasks)), 16);
+}
+
+std::string text(int64_t number) { return std::to_string(number); }
+
+}  // namespace
+
+bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Kernels* kernels, std::string* error) {
+  layer_ = weights;
+  kernels_ = kernels;
+  Layer& layer = layer_;
+  row_start_.resize(static_cast<size_t>(layer.N + 1));
+  const int last_columns = static_cast<int>(layer.K - (layer.words - 1) * kBlock);
+  const uint64_t padding = last_columns == 64 ? 0 : ~uint64_t{0} << last_columns;
+  for (int64_t n = 0; n < layer.N; ++n) {
+    const uint8_t* row = layer.bitmap + 8 * n * layer.words;
+    uint64_t last;
+    std::memcpy(&last, row + 8 * (layer.words - 1), 8);
+    if ((last & padding) != 0) {
+      *error = "row " + text(n) + " of the bitmap has bits beyond column " + text(layer.K - 1) +
+               "; the padding of a row must be 0";
+      return false;
+    }
+    const size_t i = static_cast<size_t>(n);
+    row_start_[i + 1] = row_start_[i] + kernels->popcount(row, layer.words);
+  }
+  const int64_t stored = row_start_.back();
+  if (stored != value_count) {
+    *error = "the bitmap says that " + text(stored) + " values are stored, but there are " + text(value_count);
+    return false;
+  }
+  // Rows whose last vector load could leave the tensor are read from a copy with room behind it.
+  const int64_t size = size_of(layer.dtype);
+  layer.tail_row = layer.N;
+  while (layer.tail_row > 0 &&
+         row_start_[static_cast<size_t>(layer.tail_row)] * size + kOverread > value_count * size)
+    --layer.tail_row;
+  const int64_t tail_start = row_start_[static_cast<size_t>(layer.tail_row)];
+  const int64_t tail_bytes = (value_count - tail_start) * size;
+  tail_.assign(static_cast<size_t>(tail_bytes + kOverread), 0);
+  if (tail_bytes > 0) std::memcpy(tail_.data(), layer.values + tail_start * size, static_cast<size_t>(tail_bytes));
+  layer.row_start = row_start_.data();
+  layer.tail = tail_.data();
+  return true;
+}
+
+void PreparedLayer::forward(const float* x, int64_t M, float* y, const Parallel& parallel) const {
+  if (M <= 0) return;
+  if (M <= kernels_->few)
+    forward_few(x, M, y, parallel);
+  else
+    forward_many(x, M, y, parallel);
+}
+
+void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const {
+  const TypeKernels& kernels = kernels_->of(layer_.dtype);
+  const int64_t Kp = layer_.words * kBlock, rp = round_up(layer_.r, kBlock);
+  const bool in_place = kernels.natural_order && layer_.K == Kp;
+  float* t = scratch.at_least(M * (rp + Kp));
+  std::memset(t, 0, static_cast<size_t>(M * rp) * sizeof(float));
+  if (!in_place) {
+    float* arranged = t + M * rp;
+    for (int64_t m = 0; m < M; ++m) kernels.arrange(x + m * layer_.K, layer_.K, Kp, arranged + m * Kp);
+    x = arranged;
+  }
+  const double size = static_cast<double>(size_of(layer_.dtype)), K = static_cast<double>(layer_.K);
+  const double stored = static_cast<double>(row_start_.back()) / static_cast<double>(layer_.N);
+  for_ranges(parallel, layer_.r, rows_per_task(layer_.r, K * size), [&](int64_t begin, int64_t end) {
+    kernels.project_few(layer_, begin, end, x, M, t);
+  });
+  const double row_bytes = (stored + static_cast<double>(layer_.r)) * size + K / 8;
+  for_ranges(parallel, layer_.N, rows_per_task(layer_.N, row_bytes),
+             [&](int64_t begin, int64_t end) { kernels.rows_few(layer_, begin, end, x, t, M, y); });
+}
+
+void PreparedLayer::forward_many(const float* x, int64_t M, float* y, const Parallel& parallel) const {
+  const TypeKernels& kernels = kernels_->of(layer_.dtype);
+  const int64_t N = layer_.N, K = layer_.K, r = layer_.r;
+  // Tiles of about equal width: a narrow one uses the weights badly.
+  const int64_t units = (M + 15) / 16, tiles = (units + kMaxColumns / 16 - 1) / (kMaxColumns / 16);
+  for (int64_t tile = 0, m = 0; tile < tiles; ++tile) {
+    const int64_t columns = (units * (tile + 1) / tiles - units * tile / tiles) * 16;
+    const int64_t count = std::min(columns, M - m);
+    float* xT = scratch.at_least((K + r) * columns);
+    float* tT = xT + K * columns;
+    for_ranges(parallel, K, 512, [&](int64_t begin, int64_t end) {
+      kernels_->transpose(x + m * K, K, begin, end, count, columns, xT);
+    });
+    for_ranges(parallel, r, 16, [&](int64_t begin, int64_t end) {
+      kernels.project_many(layer_, begin, end, xT, columns, tT);
+    });
+    const int64_t panel = std::clamp<int64_t>(round_up(N / 8, 16), 16, kPanel);
+    for_ranges(parallel, N, panel, [&](int64_t begin, int64_t end) {
+      kernels.rows_many(layer_, begin, end, xT, tT, columns, count, y + m * N);
+    });
+    m += count;
+  }
+}
+
+}  // namespace sslc

@@ -1,0 +1,107 @@
+// AVX2 with FMA, BMI and POPCNT, that is Haswell, Zen and later. There is no expand instruction: a table turns eight
+// bits of the mask into a shuffle.
+#include <immintrin.h>
+
+#include <utility>
+
+#include "layer.h"
+
+namespace sslc {
+namespace {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+inline float sum(Vec v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+struct Shuffles {
+  alignas(32) int32_t f32[256][8];   // lane i takes value [i], or none where negative
+  alignas(16) uint8_t bf16[256][16];  // byte i takes byte [i], or 0 where the top bit is set
+};
+
+constexpr Shuffles make_shuffles() {
+  Shuffles t{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int i = 0, next = 0; i < 8; ++i) {
+      const bool stored = (mask >> i & 1) != 0;
+      t.f32[mask][i] = stored ? next : INT32_MIN;
+      t.bf16[mask][2 * i] = static_cast<uint8_t>(stored ? 2 * next : 0x80);
+      t.bf16[mask][2 * i + 1] = static_cast<uint8_t>(stored ? 2 * next + 1 : 0x80);
+      next += stored;
+    }
+  return t;
+}
+
+constexpr Shuffles kShuffles = make_shuffles();
+
+// Lanes below `count` read memory.
+inline __m256i lanes_below(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+struct F32 {
+  static constexpr int kSize = 4, kStep = 8;
+  static constexpr bool kNaturalOrder = true;
+  static int64_t position(int64_t k) { return k; }
+  static void expand(uint64_t mask, const uint8_t* p, Vec* w) {
+    const __m256i take = _mm256_load_si256(reinterpret_cast<const __m256i*>(kShuffles.f32[mask & 255]));
+    const Vec v = _mm256_permutevar8x32_ps(load(reinterpret_cast<const float*>(p)), take);
+    w[0] = _mm256_blendv_ps(v, zero(), _mm256_castsi256_ps(take));
+  }
+  static void dense(const uint8_t* p, Vec* w) { w[0] = load(reinterpret_cast<const float*>(p)); }
+  static void dense(const uint8_t* p, int count, Vec* w) {
+    w[0] = _mm256_maskload_ps(reinterpret_cast<const float*>(p), lanes_below(count));
+  }
+  static const uint8_t* widen(const uint8_t* p, int64_t, float*) { return p; }
+};
+
+struct Bf16 {
+  static constexpr int kSize = 2, kStep = 8;
+  static constexpr bool kNaturalOrder = true;
+  static int64_t position(int64_t k) { return k; }
+  static Vec widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+  static __m128i load8(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static void expand(uint64_t mask, const uint8_t* p, Vec* w) {
+    const __m128i take = _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.bf16[mask & 255]));
+    w[0] = widened(_mm_shuffle_epi8(load8(p), take));
+  }
+  static void dense(const uint8_t* p, Vec* w) { w[0] = widened(load8(p)); }
+  static void dense(const uint8_t* p, int count, Vec* w) {
+    alignas(16) uint8_t whole[16] = {};
+    __builtin_memcpy(whole, p, static_cast<size_t>(2 * count));
+    dense(whole, w);
+  }
+  static const uint8_t* widen(const uint8_t* p, int64_t count, float* buffer) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) store(buffer + i, widened(load8(p + 2 * i)));
+    if (i < count) {
+      Vec w;
+      dense(p + 2 * i, static_cast<int>(count - i), &w);
+      store(buffer + i, w);
+    }
+    return reinterpret_cast<const uint8_t*>(buffer);
+  }
+};
+
+// 16 registers: few_rows(M) * M sums, one weight vector per row.
+constexpr int kFewGroup = 4;
+constexpr int few_rows(int M) { return M <= 2 ? 4 : 3; }
+
+#include "kernels.inc"
+
+}  // namespace
+
+extern const Kernels kAvx2 = kernels_named("avx2", 16);
+
+}  // namespace sslc

@@ -1,0 +1,61 @@
+"""`sslc::LowRankSparseLinear` in ONNX: its name, its attributes and its body of standard operators.
+
+    Y = X · (S + U·V)ᵀ + bias
+
+Inputs, types and shapes are in docs/architecture.md ("The operator"). The body goes into every model we write, so that
+a runtime that does not have our library still runs the model.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxscript
+
+# Opset 23 has Attention, RMSNormalization and RotaryEmbedding. The exporter decomposes them for older opsets,
+# and loses two of the three again for 24 (torch 2.13).
+OPSET = 23
+DOMAIN = "sslc"
+OP_TYPE = "LowRankSparseLinear"
+VERSION = 1
+LAYOUT = "rows64"
+INPUTS = ("X", "bitmap", "values", "U", "V", "bias")
+
+op: Any = onnxscript.opset23  # Any: onnxscript's type variables do not unify over a chain of operators
+_BIT_MASKS = onnx.numpy_helper.from_array((np.uint32(1) << np.arange(32, dtype=np.uint32)).view(np.int32))
+
+
+@onnxscript.script(onnxscript.values.Opset(DOMAIN, VERSION), default_opset=op)
+def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, layout: str = LAYOUT):  # noqa: N802
+    """Y = X · (S + U·V)ᵀ + bias, with S as a bitmap and its stored values (rows64: row by row, whole 64 columns)."""
+    # Which entries of S are stored, as a flat 0/1 vector in row-major order. Bit k mod 32 of word k div 32 belongs to
+    # column k; columns from K on are padding.
+    N = op.Shape(bias)
+    K = op.Shape(V, start=1)
+    all_rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
+    bits = op.BitwiseAnd(op.Unsqueeze(bitmap, op.Constant(value_ints=[-1])), op.Constant(value=_BIT_MASKS))
+    padded = op.Reshape(op.Cast(bits, to=onnx.TensorProto.BOOL), all_rows)
+    mask = op.Slice(padded, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
+    stored = op.Cast(op.Reshape(mask, op.Constant(value_ints=[-1])), to=onnx.TensorProto.INT32)
+
+    # The i-th stored entry is values[i - 1]. A zero in front serves every entry that is not stored, and an S without
+    # any value. Float first: ONNX Runtime's CPU kernels do not calculate in bfloat16.
+    position = op.CumSum(stored, op.Constant(value_int=0)) * stored
+    with_zero = op.Concat(op.Constant(value_floats=[0.0]), op.Cast(values, to=onnx.TensorProto.FLOAT), axis=0)
+    S = op.Reshape(op.Gather(with_zero, position), all_rows)
+
+    # Gemm, because it takes its second factor transposed: a Transpose of S would be one more copy of it in memory.
+    x = op.Reshape(X, op.Concat(op.Constant(value_ints=[-1]), K, axis=0))
+    t = op.Gemm(x, op.Cast(V, to=onnx.TensorProto.FLOAT), transB=1)
+    low_rank = op.Gemm(t, op.Cast(U, to=onnx.TensorProto.FLOAT), bias, transB=1)
+    y = op.Gemm(x, S, low_rank, transB=1)
+    Y = op.Reshape(y, op.Concat(op.Shape(X, end=-1), N, axis=0), allowzero=1)
+    return Y  # noqa: RET504 - the name becomes the output's
+
+
+def function_body() -> onnx.FunctionProto:
+    """The operator as a model-local function: what runs where our library is not loaded."""
+    return LowRankSparseLinear.to_function_proto()

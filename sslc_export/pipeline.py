@@ -1,0 +1,183 @@
+"""What the commands do: compress → lower → record → validate, each step resumable or repeatable by itself."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sslc_common.errors import PASSED, InputError, MissingError
+from sslc_common.files import atomic_path, existing_parent
+from sslc_export import console
+from sslc_export.model import resolve
+from sslc_export.recipe import (
+    CompressCommand,
+    CompressRecipe,
+    ExportRecipe,
+    ValidateCommand,
+    ValidateRecipe,
+    save_recipe,
+)
+
+if TYPE_CHECKING:
+    from compress.report import CompressReport
+    from validate.verdict import Verdict
+
+DATA = Path(__file__).parent / "data"
+
+
+def export(recipe: ExportRecipe) -> int:
+    """Builds an engine and validates it; returns the exit code.
+
+    Raises:
+        InputError: bad input.
+        MissingError: the engine's backend is not here.
+    """
+    from sslc_export.lowering.lower import lower
+    from sslc_export.record import write_record
+
+    out = Path(recipe.out)
+    require_onnx(out)
+    if out.exists() and not recipe.overwrite:
+        raise InputError(f"{out} exists already", do="Choose another --out, or pass --overwrite")
+    checkpoint, dense = _compressed(recipe, out)
+    with console.stage(f"lower {checkpoint} to {out}"):
+        lowered = lower(checkpoint, out, console.progress)
+    write_record(out, checkpoint, lowered, recipe)
+    save_recipe(recipe, out.with_suffix(".recipe.yaml"))
+    if recipe.skip_validation:
+        console.note(f"{out} was built; nothing was validated")
+        return PASSED
+    return _report(_validate(out, dense, recipe), recipe, out)
+
+
+def compress_only(recipe: CompressCommand) -> int:
+    """Compresses a model; returns the exit code."""
+    from compress.format import Checkpoint
+
+    source = resolve(recipe.model)
+    if Checkpoint.open(source).layers:
+        raise InputError(f"{recipe.model} is compressed already", do="Start from the dense model")
+    _compress(source, Path(recipe.out), recipe)
+    return PASSED
+
+
+def validate_only(recipe: ValidateCommand) -> int:
+    """Validates an engine that was built before; returns the exit code."""
+    engine = Path(recipe.engine)
+    if not engine.is_file():
+        raise InputError(f"There is no engine {engine}", allowed="the .onnx file that sslc-export wrote")
+    require_onnx(engine)
+    dense = resolve(recipe.reference) if recipe.reference else None
+    return _report(_validate(engine, dense, recipe), recipe, engine)
+
+
+def require_onnx(engine: Path) -> None:
+    """Refuses engines of a kind that cannot be built here."""
+    if engine.suffix == ".plan":
+        raise MissingError(
+            f"{engine} would be a TensorRT engine, which this version cannot build",
+            allowed=".onnx, for ONNX Runtime on CPUs",
+            do="Choose an --out that ends in .onnx",
+        )
+    if engine.suffix != ".onnx":
+        raise InputError(
+            f"The suffix of {engine} names no engine",
+            got=engine.suffix or "no suffix",
+            allowed=".onnx, for ONNX Runtime on CPUs",
+        )
+
+
+def _compressed(recipe: ExportRecipe, out: Path) -> tuple[Path, Path | None]:
+    """The compressed folder to lower, below the engine's folder, and the dense folder if there is one.
+
+    It is made now if `--model` is dense, and copied if it lies elsewhere: engine and weights move together.
+    """
+    from compress.format import Checkpoint
+
+    source = resolve(recipe.model)
+    dense = resolve(recipe.reference) if recipe.reference else None
+    checkpoint = out.with_suffix("")
+    if not Checkpoint.open(source).layers:
+        _compress(source, checkpoint, recipe)
+        return checkpoint, dense or source
+    if source.resolve().is_relative_to(out.parent.resolve()):
+        return source, dense
+    if checkpoint.exists() and not recipe.overwrite:
+        raise InputError(f"{checkpoint} exists already", do="Choose another --out, or pass --overwrite")
+    with console.stage(f"copy {source} to {checkpoint}"), atomic_path(checkpoint) as temporary:
+        shutil.copytree(source, temporary)
+    return checkpoint, dense
+
+
+def _compress(source: Path, out: Path, recipe: CompressRecipe) -> CompressReport:
+    from compress.options import CompressOptions
+    from compress.pipeline import compress_model
+
+    fields = recipe.model_dump(include=set(CompressRecipe.model_fields))
+    fields["calibration"] = tuple(fields["calibration"]) or (str(DATA / "calibration.txt"),)
+    fields["exclude"] = tuple(fields["exclude"])
+    with console.stage(f"compress {source} to {out}"):
+        report = compress_model(source, out, CompressOptions(**fields), progress=console.progress)
+    console.compression(report)
+    return report
+
+
+def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict:
+    """Compares an engine with its own PyTorch model and, if there is one, with the dense model's engine."""
+    import numpy as np
+
+    import compress
+    from compress.calibration import read_tokens
+    from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
+    from sslc_export.engines.pytorch import TorchEngine
+    from sslc_export.lowering.lower import lower
+    from sslc_export.record import engine_record, layer_records, ledger, read_record
+    from validate.latency import LatencyOptions
+    from validate.limits import load_limits
+    from validate.run import Options, validate
+
+    names = ("max_perplexity_ratio", "min_decode_speedup", "min_prefill_speedup", "max_size_ratio")
+    limits = load_limits(Path(recipe.limits) if recipe.limits else None, recipe.model_dump(include=set(names)))
+    record = read_record(path)
+    checkpoint = path.parent / record["checkpoint"]
+    held_out = read_tokens(
+        recipe.held_out or [str(DATA / "held_out.txt")],
+        checkpoint,
+        tokens=recipe.held_out_tokens,
+        length=512,
+        seed=0,
+    )
+    # The dense twin shares the weight files of the dense folder by hard links, so it goes where the engine is.
+    with tempfile.TemporaryDirectory(prefix=".dense-", dir=existing_parent(path)) as folder:
+        twin = None
+        if dense is not None:
+            with console.stage(f"lower {dense} for comparison"):
+                twin = lower(dense, Path(folder) / "dense.onnx", console.progress)
+        with console.stage("validate"):
+            engine = OnnxRuntimeEngine(path, threads=recipe.threads, name="compressed")
+            reference = TorchEngine(compress.load(checkpoint), "PyTorch")
+            return validate(
+                engine,
+                dense=OnnxRuntimeEngine(twin.path, threads=recipe.threads, name="dense") if twin else None,
+                reference=reference,
+                held_out=np.asarray(held_out),
+                limits=limits,
+                options=Options(latency=LatencyOptions(prefill_tokens=recipe.prefill_tokens)),
+                sizes=ledger(record, path, twin),
+                record=engine_record(record, engine, path),
+                layers=layer_records(checkpoint),
+                progress=console.progress,
+            )
+
+
+def _report(verdict: Verdict, recipe: ValidateRecipe, engine: Path) -> int:
+    from validate.report import write_report
+    from validate.summary import SUMMARY_HEADER, headline, summary_table
+
+    folder = Path(recipe.report) if recipe.report else engine.parent / "report"
+    _, report = write_report(verdict, folder)
+    console.table(f"{engine}", SUMMARY_HEADER, summary_table(verdict))
+    console.note(f"{headline(verdict)}\n{report} has the rest")
+    return verdict.exit_code

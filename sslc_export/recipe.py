@@ -1,0 +1,157 @@
+"""What to build and how: one model of it, filled from flags, from a YAML recipe, or from both.
+
+Every field is a flag of the same name (`budget_in` is `--budget-in`), so a recipe says all that the flags say.
+The resolved recipe is written beside every engine; passing it back with `--recipe` repeats the build.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.options import METHODS, CompressOptions
+from sslc_common.errors import InputError
+from sslc_common.files import atomic_path
+
+_DEFAULT = CompressOptions()
+
+R = TypeVar("R", bound=BaseModel)
+
+
+class _Recipe(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CompressRecipe(_Recipe):
+    """How a dense model becomes sparse + low-rank."""
+
+    method: str = Field(
+        _DEFAULT.method,
+        description=f"solver of each layer's S + U·V: {', '.join(METHODS)}; sslc is a reconstruction of the paper's, "
+        "see docs/methods.md",
+    )
+    budget: float = Field(
+        _DEFAULT.budget,
+        gt=0,
+        le=1,
+        description="size of the compressed layers over their dense size, 0 < budget ≤ 1; what it counts, "
+        "--budget-in says",
+    )
+    budget_in: Literal["bytes", "params"] = Field(
+        "bytes",
+        description="bytes: values, bitmap, U and V as stored; params: the papers' count, non-zeros + r(N + K)",
+    )
+    values_dtype: Literal["f32", "bf16"] = Field("f32", description="type of the stored values, U and V")
+    rank_share: float = Field(
+        _DEFAULT.rank_share, ge=0, le=1, description="share of a layer's budget that goes to U and V"
+    )
+    calibration: list[str] = Field(
+        default_factory=list,
+        description="text to calibrate on: a file, a folder of .txt, or a Hugging Face dataset name; may be "
+        "repeated, sources are mixed evenly (default: public-domain speeches that come with the package)",
+    )
+    calibration_tokens: int = Field(_DEFAULT.calibration_tokens, gt=0, description="tokens of calibration text")
+    sequence_length: int = Field(_DEFAULT.sequence_length, gt=0, description="tokens of one calibration sequence")
+    exclude: list[str] = Field(
+        default_factory=list, description="layers to leave dense, by a glob on their names; may be repeated"
+    )
+    seed: int = Field(0, description="seed of the choice of calibration text and of randomized SVD")
+    overwrite: bool = Field(False, description="replace outputs that exist")
+
+
+class ValidateRecipe(_Recipe):
+    """How the engine is compared with the dense one, and which limits it must keep."""
+
+    held_out: list[str] = Field(
+        default_factory=list,
+        description="text to measure perplexity on, as for --calibration; never the text that was calibrated on "
+        "(default: other speeches that come with the package)",
+    )
+    held_out_tokens: int = Field(16384, gt=0, description="tokens of held-out text")
+    threads: int | None = Field(None, gt=0, description="threads of the engines (default: all cores)")
+    prefill_tokens: int = Field(512, gt=0, description="prompt length of the prefill measurement")
+    limits: str | None = Field(None, description="YAML file of limits; flags win over it, see docs/verdict.md")
+    max_perplexity_ratio: float | None = Field(None, gt=0, description="held-out perplexity over the dense model's")
+    min_decode_speedup: float | None = Field(None, gt=0, description="decode speed over the dense engine's")
+    min_prefill_speedup: float | None = Field(None, gt=0, description="prefill speed over the dense engine's")
+    max_size_ratio: float | None = Field(None, gt=0, description="engine bytes over the dense engine's")
+    report: str | None = Field(None, description="folder of the report (default: report/ beside the engine)")
+
+
+class ExportRecipe(CompressRecipe, ValidateRecipe):
+    """Everything that `sslc-export` needs."""
+
+    model: str = Field(description="a Hugging Face folder, a hub id, a .gguf file, or a folder that sslc-compress made")
+    out: str = Field(
+        description="the engine to write; its suffix chooses the runtime: .onnx for ONNX Runtime on CPUs, "
+        ".plan for TensorRT"
+    )
+    reference: str | None = Field(
+        None, description="the dense model to compare with, where --model is compressed already"
+    )
+    skip_validation: bool = Field(False, description="only build; nothing is proven about the engine")
+
+
+class CompressCommand(CompressRecipe):
+    """Everything that `sslc-compress` needs."""
+
+    model: str = Field(description="a Hugging Face folder, a hub id, or a .gguf file")
+    out: str = Field(description="the compressed Hugging Face folder to write")
+
+
+class ValidateCommand(ValidateRecipe):
+    """Everything that `sslc-validate` needs."""
+
+    engine: str = Field(description="the engine.onnx that sslc-export wrote")
+    reference: str | None = Field(
+        None,
+        description="the dense model: a Hugging Face folder, a hub id or a .gguf file; without it the engine is "
+        "only compared with its own PyTorch model",
+    )
+
+
+def load_recipe(kind: type[R], file: str | None, flags: dict[str, object]) -> R:
+    """Fills a recipe from a YAML file, then from the flags that were given, which win.
+
+    Raises:
+        InputError: the file is missing or not YAML, a field is unknown, missing, or has a wrong value.
+    """
+    values: dict[str, object] = {}
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise InputError(f"There is no recipe {file}", do="Check the path given to --recipe")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"Recipe {file} is not valid YAML", got=error) from error
+        if not isinstance(values, dict):
+            raise InputError(f"Recipe {file} holds no fields", got=type(values).__name__, allowed="field: value")
+    try:
+        return kind(**{**values, **flags})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        flag = "--" + name.replace("_", "-")
+        if first["type"] == "extra_forbidden":
+            fields = ", ".join(kind.model_fields)
+            raise InputError(f"Recipe {file} has an unknown field {name}", allowed=fields) from error
+        meaning = kind.model_fields[name].description
+        if first["type"] == "missing":
+            raise InputError(f"{flag} is missing", do=f"Pass {flag}: {meaning}") from error
+        rule = first["msg"].removeprefix("Input should be ")
+        raise InputError(
+            f"{flag} has a value that is not allowed", got=first["input"], allowed=rule, do=f"{flag} is the {meaning}"
+        ) from error
+
+
+def save_recipe(recipe: BaseModel, path: Path) -> None:
+    """Writes the resolved recipe; `load_recipe` reads it back to an equal one."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            "# The resolved recipe of this build; repeat it with --recipe.\n"
+            + yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+        )

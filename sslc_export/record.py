@@ -1,0 +1,129 @@
+"""engine.json, the build record: what an engine was made of, by which versions, and how large it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sslc_common.errors import InputError
+from sslc_common.files import atomic_path, sha256
+from sslc_export import __version__
+from sslc_export.recipe import ExportRecipe
+
+if TYPE_CHECKING:
+    from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
+    from sslc_export.lowering.lower import LoweringReport
+    from validate.size import SizeLedger
+    from validate.verdict import EngineRecord, LayerRecord
+
+RECORD_VERSION = 1
+_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
+
+
+def record_path(engine: Path) -> Path:
+    """Where the record of an engine is: engine.onnx → engine.json."""
+    return engine.with_suffix(".json")
+
+
+def write_record(engine: Path, checkpoint: Path, lowered: LoweringReport, recipe: ExportRecipe) -> None:
+    """Writes the record beside the engine. The same inputs and versions give the same bytes: it holds no date."""
+    folder = engine.parent
+    files = [engine, *lowered.external_files]
+    record = {
+        "record_version": RECORD_VERSION,
+        "engine": engine.name,
+        "runtime": "onnxruntime",
+        "model": recipe.model,
+        "checkpoint": _relative(checkpoint, folder),
+        "kernel_layers": list(lowered.kernel_layers),
+        "dense_layers": list(lowered.dense_layers),
+        "op_counts": lowered.op_counts,
+        "files": {_relative(file, folder): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
+        "versions": {"sslc-export": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    with atomic_path(record_path(engine)) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_record(engine: Path) -> dict[str, Any]:
+    """Reads an engine's record and checks that it belongs to the engine beside it.
+
+    Raises:
+        InputError: it is missing, damaged, of another version, or of another engine.
+    """
+    path = record_path(engine)
+    rebuild = "Build the engine again with sslc-export"
+    if not path.is_file():
+        raise InputError(f"{engine} has no build record {path.name} beside it", do=rebuild)
+    try:
+        record = json.loads(path.read_bytes())
+        version, files = record["record_version"], record["files"]
+        checkpoint, graph = record["checkpoint"], files[engine.name]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The build record {path} is damaged", got=repr(error), do=rebuild) from error
+    if version != RECORD_VERSION:
+        raise InputError(
+            f"The build record {path} has an unknown version", got=version, allowed=str(RECORD_VERSION), do=rebuild
+        )
+    if sha256(engine) != graph:
+        raise InputError(f"{engine} is not the engine that {path.name} describes", got="another SHA-256", do=rebuild)
+    for name, entry in files.items():
+        file = engine.parent / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            raise InputError(
+                f"{file}, a weight file of {engine.name}, is not the one it was built with",
+                got="no such file" if size is None else f"{size} bytes",
+                allowed=f"{entry['bytes']} bytes",
+                do=f"Move the engine with its folder, or {rebuild[0].lower()}{rebuild[1:]}",
+            )
+    if not (engine.parent / checkpoint / "config.json").is_file():
+        raise InputError(
+            f"The compressed model of {engine} is missing",
+            got=engine.parent / checkpoint,
+            do=f"Move the engine with its folder, or {rebuild[0].lower()}{rebuild[1:]}",
+        )
+    return dict(record)
+
+
+def engine_record(record: dict[str, Any], engine: OnnxRuntimeEngine, path: Path) -> EngineRecord:
+    """The part of the record that a verdict repeats; layers in our kernel are those of the open session."""
+    from validate.verdict import EngineRecord
+
+    return EngineRecord(
+        name=record["engine"],
+        kernel_layers=engine.kernel_layers,
+        dense_layers=engine.dense_layers,
+        build_record=str(record_path(path)),
+    )
+
+
+def layer_records(checkpoint: Path) -> list[LayerRecord]:
+    """The compression report of a compressed folder, as the verdict's layer table."""
+    from compress.pipeline import REPORT
+    from validate.verdict import LayerRecord
+
+    rows = json.loads((checkpoint / REPORT).read_bytes())["layers"]
+    names = ("name", "rank", "density", "bytes", "dense_bytes", "error")
+    return [LayerRecord(**{name: row[name] for name in names}) for row in rows]
+
+
+def ledger(record: dict[str, Any], engine: Path, twin: LoweringReport | None) -> SizeLedger:
+    """Engine, checkpoint and layer bytes, beside those of the dense twin."""
+    from validate.size import Bytes, SizeLedger, file_bytes
+
+    files = [engine.parent / name for name in record["files"]]
+    layers = layer_records(engine.parent / record["checkpoint"])
+    return SizeLedger(
+        engine=Bytes(file_bytes([twin.path, *twin.external_files]) if twin else None, file_bytes(files)),
+        layers=Bytes(sum(row.dense_bytes for row in layers), sum(row.bytes for row in layers)),
+        checkpoint=Bytes(
+            file_bytes(twin.external_files) if twin else None, file_bytes(f for f in files if f != engine)
+        ),
+    )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.resolve().relative_to(folder.resolve()).as_posix()

@@ -1,0 +1,96 @@
+"""Random layers in the storage layout of the op, with their float64 reference, and memory that ends where it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+
+# Half a unit in the last place of float32: the relative error of one rounding.
+ROUNDING = 2.0**-24
+
+# Errors are bounded by this many roundings of sum |x| |w|. The sums here have up to 600 terms, whose roundings would
+# add up to 600 only if all had one sign; random ones grow like the root (25), spread over the lanes of a vector and
+# over terms of unequal size. The worst seen in this sweep is 1.8.
+TOLERANCE = 8 * ROUNDING
+
+
+@dataclass(frozen=True)
+class RandomLayer:
+    """Weights in float64 and as stored; `element` is the ONNX element type (1 float32, 16 bfloat16)."""
+
+    element: int
+    S: np.ndarray
+    U: np.ndarray
+    V: np.ndarray
+    bias: np.ndarray
+    stored: dict[str, np.ndarray]
+
+    def reference(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The output in float64, and the largest error that is allowed in each of its elements."""
+        x64 = x.astype(np.float64)
+        y = x64 @ self.S.T + (x64 @ self.V.T) @ self.U.T + self.bias
+        size = np.abs(x64) @ np.abs(self.S).T + (np.abs(x64) @ np.abs(self.V).T) @ np.abs(self.U).T + np.abs(self.bias)
+        return y, TOLERANCE * size
+
+
+def bf16_bits(array: np.ndarray) -> np.ndarray:
+    """The upper half of each float32, which is bfloat16 for values that fit."""
+    return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def random_layer(N: int, K: int, r: int, density: float, dtype: str, seed: int = 0) -> RandomLayer:
+    """A layer whose kept places are random; one in eight of the stored values is zero, which is legal."""
+    rng = np.random.default_rng(seed)
+    kept = rng.random((N, K)) < density
+    S, U, V = (rng.standard_normal(shape).astype(np.float32) for shape in [(N, K), (N, r), (r, K)])
+    S[~kept | (rng.random((N, K)) < 1 / 8)] = 0
+    bias = rng.standard_normal(N).astype(np.float32)
+    if dtype == "bf16":
+        S, U, V = (((bf16_bits(a).astype(np.uint32)) << 16).view(np.float32).reshape(a.shape) for a in (S, U, V))
+    bits = np.zeros((N, -(-K // 64) * 64), dtype=bool)
+    bits[:, :K] = kept
+    store = bf16_bits if dtype == "bf16" else np.ascontiguousarray
+    stored = {
+        "bitmap": np.packbits(bits, axis=1, bitorder="little").view(np.int32),
+        "values": store(S[kept]),
+        "U": store(U),
+        "V": store(V),
+        "bias": bias,
+    }
+    wide = (array.astype(np.float64) for array in (S, U, V, bias))
+    return RandomLayer(16 if dtype == "bf16" else 1, *wide, stored=stored)
+
+
+class GuardedArray:
+    """An array that ends at the last byte before an unreadable page: one step too far ends the process.
+
+    Args:
+        array: Copied in.
+        writable: Whether the memory can be written; weights cannot.
+        margin: Bytes of known content before the array, checked by `margin_is_intact`.
+    """
+
+    MARK = 0xA5
+
+    def __init__(self, array: np.ndarray, *, writable: bool = False, margin: int = 0) -> None:
+        page = mmap.PAGESIZE
+        length = -(-(array.nbytes + margin) // page) * page
+        self._map = mmap.mmap(-1, length + page)
+        memory = np.frombuffer(self._map, dtype=np.uint8)
+        memory[:] = self.MARK
+        start = length - array.nbytes
+        self.array = memory[start:length].view(array.dtype).reshape(array.shape)
+        self.array[...] = array
+        self._margin = memory[start - margin : start]
+        self.address = memory.ctypes.data + start
+        libc = ctypes.CDLL(None, use_errno=True)
+        protect = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+        for address, size, rights in [(memory.ctypes.data, length, protect), (memory.ctypes.data + length, page, 0)]:
+            if size and libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), rights) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect failed")
+
+    def margin_is_intact(self) -> bool:
+        return bool((self._margin == self.MARK).all())

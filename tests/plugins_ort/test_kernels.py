@@ -1,0 +1,201 @@
+"""Every kernel, through the C entries, against float64, on memory that may not be left by one byte."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugins_ort import library
+
+from .layers import GuardedArray, RandomLayer, random_layer
+
+KERNELS = ("avx512", "avx2", "portable")
+TOKENS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 96, 97, 130)
+SHAPES = (  # N, K, r
+    (1, 1, 0),
+    (1, 64, 1),
+    (5, 63, 3),
+    (64, 128, 16),
+    (70, 130, 33),
+    (3, 600, 0),
+    (131, 192, 70),
+    (257, 65, 64),
+)
+
+
+def available() -> list[str]:
+    lib = library.load()
+    found = [name for name in KERNELS if lib.sslc_set_kernel(name.encode()) == 0]
+    lib.sslc_set_kernel(b"")
+    return found
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    if request.param not in available():
+        pytest.skip(f"this processor has no {request.param}")
+    return str(request.param)
+
+
+class NativeLayer:
+    """A layer in guarded memory, run by one kernel."""
+
+    def __init__(self, layer: RandomLayer, kernel: str) -> None:
+        self._lib = library.load()
+        self._shape = (layer.S.shape[0], layer.S.shape[1], layer.V.shape[0])
+        self._weights = {name: GuardedArray(array) for name, array in layer.stored.items()}
+        assert self._lib.sslc_set_kernel(kernel.encode()) == 0, library.last_error(self._lib)
+        address = {name: ctypes.c_void_p(weight.address) for name, weight in self._weights.items()}
+        self._handle = self._lib.sslc_layer_create(
+            layer.element,
+            *self._shape,
+            address["bitmap"],
+            address["values"],
+            layer.stored["values"].size,
+            *(address[name] for name in ("U", "V", "bias")),
+        )
+        error = library.last_error(self._lib)
+        self._lib.sslc_set_kernel(b"")
+        if self._handle is None:
+            raise ValueError(error)
+
+    def __call__(self, x: np.ndarray, threads: int = 1) -> np.ndarray:
+        given = GuardedArray(x)
+        y = GuardedArray(np.full((len(x), self._shape[0]), np.nan, np.float32), writable=True, margin=256)
+        arguments = (ctypes.c_void_p(given.address), len(x), ctypes.c_void_p(y.address), threads)
+        assert self._lib.sslc_layer_forward(self._handle, *arguments) == 0, library.last_error(self._lib)
+        assert y.margin_is_intact(), "the kernel wrote before its output"
+        return y.array
+
+    def close(self) -> None:
+        self._lib.sslc_layer_destroy(self._handle)
+
+
+@contextmanager
+def native(layer: RandomLayer, kernel: str) -> Iterator[NativeLayer]:
+    layer_on_cpu = NativeLayer(layer, kernel)
+    try:
+        yield layer_on_cpu
+    finally:
+        layer_on_cpu.close()
+
+
+def inputs(M: int, K: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((M, K)).astype(np.float32)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize(("N", "K", "r"), SHAPES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_agrees_with_float64(kernel: str, dtype: str, N: int, K: int, r: int, density: float) -> None:
+    layer = random_layer(N, K, r, density, dtype)
+    x = inputs(max(TOKENS), K)
+    expected, bound = layer.reference(x)
+    with native(layer, kernel) as run:
+        for M in TOKENS:
+            error = np.abs(run(x[:M]) - expected[:M])
+            assert (error <= bound[:M]).all(), f"{M} tokens: {(error / bound[:M]).max():.1f} times the tolerance"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kernel=st.sampled_from(available()),
+    dtype=st.sampled_from(["f32", "bf16"]),
+    N=st.integers(1, 90),
+    K=st.integers(1, 300),
+    r=st.integers(0, 80),
+    M=st.integers(0, 120),
+    density=st.floats(0, 1),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_layer_agrees_with_float64(
+    kernel: str, dtype: str, N: int, K: int, r: int, M: int, density: float, threads: int, seed: int
+) -> None:
+    layer = random_layer(N, K, r, density, dtype, seed)
+    x = inputs(M, K, seed)
+    expected, bound = layer.reference(x)
+    with native(layer, kernel) as run:
+        assert (np.abs(run(x, threads) - expected) <= bound).all()
+
+
+def rows_with(counts: list[int], K: int, dtype: str) -> RandomLayer:
+    """A layer whose row n stores exactly counts[n] values."""
+    layer = random_layer(len(counts), K, 4, 1.0, dtype)
+    kept = np.arange(K)[None, :] < np.array(counts)[:, None]
+    bits = np.zeros((len(counts), -(-K // 64) * 64), dtype=bool)
+    bits[:, :K] = kept
+    values = layer.stored["values"].reshape(len(counts), K)[kept]
+    bitmap = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    stored = {**layer.stored, "values": values, "bitmap": bitmap}
+    return RandomLayer(layer.element, np.where(kept, layer.S, 0), layer.U, layer.V, layer.bias, stored)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    "counts",
+    [[0, 0, 0, 200], [200, 0, 0, 0], [0] * 40 + [1], [200] + [0] * 40, [1] * 70, [0, 200] * 5 + [3], [200] * 9],
+    ids=["last full", "first full", "one value", "then empty", "one each", "in turn", "all full"],
+)
+def test_empty_and_full_rows_lie_side_by_side(kernel: str, dtype: str, counts: list[int]) -> None:
+    layer = rows_with(counts, 200, dtype)
+    x = inputs(40, 200)
+    expected, bound = layer.reference(x)
+    with native(layer, kernel) as run:
+        for M in (1, 4, 40):
+            assert (np.abs(run(x[:M]) - expected[:M]) <= bound[:M]).all()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("M", [1, 5, 40])
+def test_memory_that_an_earlier_call_left_behind_does_not_matter(kernel: str, dtype: str, M: int) -> None:
+    layer = random_layer(20, 70, 5, 0.5, dtype)  # K and r are padded: the padding must not be NaN
+    x = inputs(M, 70)
+    expected, bound = layer.reference(x)
+    with native(random_layer(20, 128, 64, 0.5, dtype), kernel) as other, native(layer, kernel) as run:
+        assert np.isnan(other(np.full((M, 128), np.nan, np.float32))).all()
+        assert (np.abs(run(x) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("M", [1, 5, 40, 130])
+def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: str, M: int) -> None:
+    with native(random_layer(700, 320, 100, 0.5, dtype), kernel) as run:
+        x = inputs(M, 320)
+        one = run(x, threads=1).copy()
+        for threads in (2, 3, 7):
+            np.testing.assert_array_equal(one, run(x, threads=threads))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_token_depends_on_its_neighbours_only_where_the_algorithm_changes(kernel: str, dtype: str) -> None:
+    # One algorithm for few tokens, one for many: at most two results, with one change from the one to the other.
+    with native(random_layer(70, 320, 33, 0.5, dtype), kernel) as run:
+        x = inputs(130, 320)
+        results = [run(x[:M])[0].tobytes() for M in range(1, 131)]
+    changes = sum(a != b for a, b in pairwise(results))
+    assert changes <= 1
+
+
+def test_a_wrong_number_of_values_is_refused(kernel: str) -> None:
+    layer = random_layer(8, 70, 2, 0.5, "f32")
+    short = {**layer.stored, "values": layer.stored["values"][:-1]}
+    count = layer.stored["values"].size
+    with pytest.raises(ValueError, match=f"says that {count} values are stored, but there are {count - 1}"):
+        NativeLayer(RandomLayer(1, layer.S, layer.U, layer.V, layer.bias, short), kernel)
+
+
+def test_bits_in_the_padding_columns_are_refused(kernel: str) -> None:
+    layer = random_layer(8, 70, 2, 0.5, "f32")
+    bitmap = layer.stored["bitmap"].copy()
+    bitmap[3, 2] |= 1 << 6  # column 70
+    stored = {**layer.stored, "bitmap": bitmap, "values": np.append(layer.stored["values"], np.float32(1))}
+    with pytest.raises(ValueError, match="row 3 of the bitmap has bits beyond column 69"):
+        NativeLayer(RandomLayer(1, layer.S, layer.U, layer.V, layer.bias, stored), kernel)

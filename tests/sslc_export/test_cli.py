@@ -1,0 +1,71 @@
+"""The commands as processes: help, versions, exit codes, messages."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = ["export", "compress", "validate", "doctor"]
+
+
+def run(command, *arguments, **kwargs):
+    code = f"import sys; from sslc_export.cli.{command} import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False, **kwargs
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_and_imports_nothing_heavy(command):
+    code = (
+        f"import sys; from sslc_export.cli.{command} import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'onnxruntime', 'onnx', 'numpy', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "exit code" in result.stdout.lower()
+    if command != "doctor":
+        assert "examples:" in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_in_half_a_second(command):
+    # The fastest of five, so that a busy machine does not fail it; about 0.15 s is usual.
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert run(command, "--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("export", [], "--model is missing"),
+        ("export", ["--model", "nowhere/at/all", "--out", "e.onnx"], "There is no model nowhere/at/all"),
+        ("export", ["--model", ".", "--out", "e.onnx"], "not a model folder"),
+        ("export", ["--model", ".", "--out", "e.engine"], "suffix"),
+        ("export", ["--model", "m", "--out", "e.onnx", "--budget", "abc"], "--budget has a value"),
+        ("export", ["--model", "m", "--out", "e.onnx", "--bogus"], "unrecognized arguments: --bogus"),
+        ("compress", ["--model", "nowhere", "--out", "o"], "There is no model nowhere"),
+        ("validate", ["--engine", "nowhere.onnx"], "There is no engine nowhere.onnx"),
+    ],
+)
+def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(tmp_path, command, arguments, message):
+    result = run(command, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_lists_the_cpu_path(tmp_path):
+    result = run("doctor", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("onnxruntime", "CPU kernel", "CUDA device"):
+        assert name in result.stdout

@@ -1,0 +1,99 @@
+"""Where and with what something was measured: machine, cores, governor, load, versions. Imports none of them."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+_PACKAGES = ("sslc-export", "numpy", "torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and its software.
+
+    Attributes:
+        machine: Operating system and architecture.
+        cpu: Model name of the processor.
+        logical_cores: As the operating system counts them.
+        physical_cores: None where it does not say.
+        affinity: Cores that this process may use.
+        governor: Of the clock frequency, for example "performance"; None where it cannot be read (virtual machines).
+        load_average: Runnable threads of the whole machine, averages over 1, 5 and 15 minutes.
+        memory_bytes: Of the machine.
+        versions: Python and the packages that are installed.
+    """
+
+    machine: str
+    cpu: str
+    logical_cores: int
+    physical_cores: int | None
+    affinity: tuple[int, ...]
+    governor: str | None
+    load_average: tuple[float, ...]
+    memory_bytes: int
+    versions: dict[str, str]
+
+
+def describe() -> Environment:
+    """The machine that this process runs on, now."""
+    return Environment(
+        machine=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_cpu(),
+        logical_cores=psutil.cpu_count() or 1,
+        physical_cores=psutil.cpu_count(logical=False),
+        affinity=affinity(),
+        governor=_GOVERNOR.read_text().strip() if _GOVERNOR.is_file() else None,
+        load_average=tuple(round(load, 2) for load in psutil.getloadavg()),
+        memory_bytes=psutil.virtual_memory().total,
+        versions=_versions(),
+    )
+
+
+def affinity() -> tuple[int, ...]:
+    """Cores that this process may use."""
+    # macOS has no affinity: all cores there.
+    process = psutil.Process()
+    return tuple(process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(psutil.cpu_count() or 1))
+
+
+def _cpu() -> str:
+    if _CPUINFO.is_file():
+        for line in _CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    """CPU seconds used so far: by everyone (what a hypervisor took included), and by this process with its threads."""
+
+    everyone: float
+    own: float
+
+
+def cpu_clock() -> CpuClock:
+    """Reads both."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    # Linux counts guests inside user and nice.
+    guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+    own = psutil.Process().cpu_times()
+    return CpuClock(everyone=sum(times) - idle - guest, own=own.user + own.system)

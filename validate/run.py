@@ -1,0 +1,124 @@
+"""The whole validation: every stage that can be run, in order, then the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+import numpy as np
+
+from validate import environment
+from validate.accuracy import Accuracy, perplexity, perplexity_ratio
+from validate.engine import Engine
+from validate.latency import COMPRESSED, DENSE, LatencyOptions, measure
+from validate.limits import Limits
+from validate.numerics import NumericsOptions, compare
+from validate.progress import Progress, silent
+from validate.size import SizeLedger
+from validate.verdict import EngineRecord, LayerRecord, Results, Verdict, judge
+
+Stage = Literal["numerics", "accuracy", "latency"]
+
+# Rows of held-out text to compare logits on, when no other text is given: two, so that a batch is a real one.
+_TEXT_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """How thoroughly each stage looks."""
+
+    numerics: NumericsOptions = field(default_factory=NumericsOptions)
+    latency: LatencyOptions = field(default_factory=LatencyOptions)
+    perplexity_batch: int = 1
+
+
+def validate(
+    engine: Engine,
+    *,
+    dense: Engine | None = None,
+    reference: Engine | None = None,
+    held_out: np.ndarray | None = None,
+    text: np.ndarray | None = None,
+    prompts: Sequence[np.ndarray] | None = None,
+    limits: Limits | None = None,
+    options: Options | None = None,
+    sizes: SizeLedger | None = None,
+    record: EngineRecord | None = None,
+    layers: Sequence[LayerRecord] = (),
+    skip: Mapping[Stage, str] | None = None,
+    progress: Progress = silent,
+) -> Verdict:
+    """Judges an engine.
+
+    Args:
+        engine: The compressed engine.
+        dense: The dense model on the same runtime; without it nothing is said about loss of accuracy or speed-up.
+        reference: The compressed PyTorch model that the engine was built from; without it the verdict is inconclusive.
+        held_out: Token ids [n, L] of text that nothing was calibrated on, for perplexity.
+        text: Token ids [B, L] to compare logits on; by default the first rows of `held_out`.
+        prompts: Token ids [P] to continue greedily; by default the beginnings of `text`.
+        limits: What the engine must keep.
+        options: How thoroughly each stage looks.
+        sizes: The size ledger.
+        record: What the build record says about the engine.
+        layers: The compression report.
+        skip: Stages not to run, each with the reason.
+        progress: Wraps the loops that take long.
+
+    Raises:
+        InputError: the engines or the texts do not belong together.
+    """
+    limits, options, sizes = limits or Limits(), options or Options(), sizes or SizeLedger()
+    skipped: dict[str, str] = {str(stage): reason for stage, reason in (skip or {}).items()}
+    if text is None and held_out is not None:
+        text = held_out[:_TEXT_ROWS]
+
+    numerics = accuracy = latency = None
+    if reference is None or text is None:
+        missing = "no PyTorch model to compare with" if reference is None else "no text to compare logits on"
+        skipped.setdefault("numerics", f"{missing} was given")
+    if "numerics" not in skipped and reference is not None and text is not None:
+        numerics = compare(reference, engine, text, prompts=prompts, options=options.numerics, progress=progress)
+
+    if held_out is None:
+        skipped.setdefault("accuracy", "no held-out text was given")
+    if "accuracy" not in skipped and held_out is not None:
+        accuracy = _accuracy(engine, dense, held_out, options.perplexity_batch, progress)
+        if dense is None:
+            skipped["accuracy.dense"] = "no dense engine was given"
+
+    if "latency" not in skipped:
+        engines = {COMPRESSED: engine} if dense is None else {DENSE: dense, COMPRESSED: engine}
+        thresholds = {
+            phase: limit.value
+            for phase, limit in (("prefill", limits.min_prefill_speedup), ("decode", limits.min_decode_speedup))
+            if limit is not None
+        }
+        latency = measure(engines, options=options.latency, thresholds=thresholds, progress=progress)
+        if dense is None:
+            skipped["latency.dense"] = "no dense engine was given"
+
+    if sizes.ratio is None:
+        skipped["size"] = "the sizes of the engine and of a dense one were not both given"
+    results = Results(
+        engine=record or EngineRecord(engine.name),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=environment.describe(),
+        numerics=numerics,
+        accuracy=accuracy,
+        latency=latency,
+        size=sizes,
+        layers=tuple(layers),
+        skipped=skipped,
+    )
+    return judge(results, limits)
+
+
+def _accuracy(engine: Engine, dense: Engine | None, chunks: np.ndarray, batch: int, progress: Progress) -> Accuracy:
+    compressed = perplexity(engine, chunks, batch=batch, progress=progress)
+    if dense is None:
+        return Accuracy(compressed)
+    beside = perplexity(dense, chunks, batch=batch, progress=progress)
+    return Accuracy(compressed, beside, perplexity_ratio(compressed, beside))

@@ -1,0 +1,83 @@
+"""The size ledger: what the model takes on disk and in memory, dense beside compressed.
+
+`ratio` is compressed over dense bytes of the *whole engine*: the graph and all weights it refers to, embeddings, norms
+and dense layers included, because that is what is shipped. The ratio of the compressed layers alone, which is what a
+budget speaks of, stands beside it and is never called the ratio.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from sslc_common.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The same thing, dense and compressed, in bytes; None where it is not known."""
+
+    dense: int | None = None
+    compressed: int | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Compressed over dense; None unless both are known."""
+        return self.compressed / self.dense if self.dense and self.compressed is not None else None
+
+
+@dataclass(frozen=True)
+class SizeLedger:
+    """All sizes that are known.
+
+    Attributes:
+        engine: The engine files: the graph and the weights it refers to.
+        layers: The weights of the compressed linear layers alone.
+        checkpoint: The weight files of the Hugging Face folders.
+        memory: Growth of the resident memory when the engine was loaded and run once.
+    """
+
+    engine: Bytes = Bytes()
+    layers: Bytes = Bytes()
+    checkpoint: Bytes = Bytes()
+    memory: Bytes = Bytes()
+
+    @property
+    def ratio(self) -> float | None:
+        """Compressed over dense engine bytes."""
+        return self.engine.ratio
+
+
+def file_bytes(paths: Iterable[Path]) -> int:
+    """Total size of files, each counted once, however many names (links) it has.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    sizes = {}
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"There is no file {path}", do="Give the files that the engine was built into")
+        status = path.stat()
+        sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
+
+
+def measure_memory(load: Callable[[], T]) -> tuple[T, int]:
+    """Calls `load` and measures by how many bytes the resident memory of this process grew.
+
+    `load` should run one forward pass too: mapped weights take no memory before they are touched.
+    Freed memory that the process already had is used again unseen, so measure in a fresh process, or the smaller first.
+    """
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    loaded = load()
+    gc.collect()
+    return loaded, max(0, psutil.Process().memory_info().rss - before)

@@ -1,0 +1,84 @@
+"""Was the machine quiet enough for a measurement to mean anything?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from validate.statistics import Summary, drift
+
+# Where the lines are drawn, for CPUs that nobody reserved for the measurement. On an idle 2-core virtual machine the
+# variation is 0.01–0.05 and the drift below 0.03; with another process on one of the two cores, 0.2 and more.
+MAX_VARIATION = 0.20
+MAX_DRIFT = 0.15
+# The ratio of two interleaved engines cancels what slows both alike, so it must hold still better than either.
+MAX_RATIO_DRIFT = 0.10
+# Others may take a quarter of the cores that the engines need, beyond the cores that nobody needs.
+MAX_TAKEN = 0.25
+
+
+@dataclass(frozen=True)
+class Load:
+    """Who used the processor during a measurement, in cores (CPU seconds per second).
+
+    Attributes:
+        own: This process.
+        others: All others, and what a hypervisor took away.
+        needed: Cores that the engines wanted: their threads if known, else what this process got, rounded up.
+        cores: Of the machine.
+    """
+
+    own: float
+    others: float
+    needed: int
+    cores: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The verdict on a measurement itself: stable, or the reasons why not."""
+
+    stable: bool
+    reasons: tuple[str, ...]
+    load: Load
+
+
+def load_between(seconds: float, own: float, everyone: float, cores: int, threads: int | None) -> Load:
+    """Load from the CPU seconds that passed during `seconds` of wall-clock time.
+
+    Args:
+        seconds: Wall-clock time.
+        own: CPU seconds of this process.
+        everyone: CPU seconds of all processes.
+        cores: Of the machine.
+        threads: Of an engine, if known.
+    """
+    used = own / seconds
+    # Waiting threads use a little less than the cores they were given.
+    needed = threads or max(1, math.ceil(used - 0.1))
+    # The two clocks tick apart, so that a lone process may seem to use more than everyone.
+    return Load(used, max(0.0, everyone - own) / seconds, min(needed, cores), cores)
+
+
+def judge(summaries: dict[str, Summary], ratios: np.ndarray | None, load: Load) -> Gate:
+    """Checks variation, drift and load.
+
+    Args:
+        summaries: Of each engine, by name.
+        ratios: Paired ratios in the order of measurement, if there are two engines to compare.
+        load: During the measurement.
+    """
+    reasons = []
+    for name, summary in summaries.items():
+        if summary.variation > MAX_VARIATION:
+            reasons.append(f"{name} varies by {summary.variation:.0%} (at most {MAX_VARIATION:.0%})")
+        if abs(summary.drift) > MAX_DRIFT:
+            reasons.append(f"{name} drifted by {summary.drift:+.0%} between the halves (at most ±{MAX_DRIFT:.0%})")
+    if ratios is not None and abs(drift(ratios)) > MAX_RATIO_DRIFT:
+        reasons.append(f"the speed-up drifted by {drift(ratios):+.0%} (at most ±{MAX_RATIO_DRIFT:.0%})")
+    spare = load.cores - load.needed + MAX_TAKEN * load.needed
+    if load.others > spare:
+        reasons.append(f"other processes used {load.others:.1f} of {load.cores} cores (at most {spare:.1f})")
+    return Gate(not reasons, tuple(reasons), load)

@@ -1,0 +1,85 @@
+"""Token ids as the validator takes them: checked against the model, cut into chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sslc_common.errors import InputError
+
+
+def cut(tokens: np.ndarray, length: int, max_chunks: int | None = None) -> np.ndarray:
+    """Cuts a text into chunks of equal length, one after the other; what is left over at the end is dropped.
+
+    Args:
+        tokens: Token ids [T].
+        length: Tokens of a chunk, at least 2 (the first one is only context).
+        max_chunks: Take no more than the first so many.
+
+    Returns:
+        int64 [n, length].
+
+    Raises:
+        InputError: the text is empty or shorter than one chunk.
+    """
+    if length < 2:
+        raise InputError("A chunk of text is too short to predict anything in", got=length, allowed="2 tokens or more")
+    tokens = np.asarray(tokens)
+    count = len(tokens) // length
+    if count == 0:
+        raise InputError(
+            "The held-out text is " + ("too short" if len(tokens) else "empty"),
+            got=f"{len(tokens)} tokens",
+            allowed=f"at least {length} tokens, one chunk",
+            do="Give more text or a smaller chunk length",
+        )
+    if max_chunks is not None:
+        count = min(count, max_chunks)
+    return tokens[: count * length].reshape(count, length).astype(np.int64)
+
+
+def check_token_ids(ids: np.ndarray, vocab_size: int, what: str, min_length: int = 1) -> np.ndarray:
+    """Gives token ids [B, L] back as int64, or says what is wrong with them.
+
+    Args:
+        ids: What the caller gave.
+        vocab_size: Of the model that will read them.
+        what: How an error calls them.
+        min_length: Smallest L.
+
+    Raises:
+        InputError: not integers, not two-dimensional, too short, or out of the vocabulary.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise InputError(f"Cannot use {what}", got=f"{ids.dtype} {list(ids.shape)}", allowed="integers [rows, tokens]")
+    if ids.shape[0] == 0 or ids.shape[1] < min_length:
+        raise InputError(
+            f"There is too little of {what}",
+            got=f"{ids.shape[0]} rows of {ids.shape[1]} tokens",
+            allowed=f"at least 1 row of {min_length} tokens",
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"A token of {what} is not in the model's vocabulary",
+            got=high if high >= vocab_size else low,
+            allowed=f"0 to {vocab_size - 1}",
+            do="Check that the tokenizer belongs to this model",
+        )
+    return ids.astype(np.int64)
+
+
+def check_logits(logits: np.ndarray, shape: tuple[int, int, int], name: str) -> np.ndarray:
+    """Gives logits back if they have the promised shape [B, S, V].
+
+    Raises:
+        InputError: they do not; `name` is the engine's.
+    """
+    if logits.shape != shape:
+        raise InputError(
+            f"{name} returns logits of a wrong shape",
+            got=list(logits.shape),
+            allowed=f"[batch, tokens, vocabulary] = {list(shape)}",
+            do="Check that the engine was built from this model",
+        )
+    return logits
