@@ -29,6 +29,7 @@
 #define __restrict__
 #define __launch_bounds__(...)
 #define SSLC_DEVICE inline
+#define SSLC_HOST_DEVICE inline
 #define SSLC_UNROLL
 #define SSLC_NO_UNROLL
 

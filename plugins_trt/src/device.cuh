@@ -19,6 +19,7 @@ enum Type : int { kF16 = 0, kBF16 = 1 };
 #include <cuda_fp16.h>
 
 #define SSLC_DEVICE __device__ __forceinline__
+#define SSLC_HOST_DEVICE __host__ __device__ __forceinline__
 #define SSLC_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define SSLC_UNROLL _Pragma("unroll")
 #define SSLC_NO_UNROLL _Pragma("unroll 1")

@@ -18,8 +18,8 @@
 
 namespace sslc {
 
-SSLC_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-SSLC_DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
+SSLC_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+SSLC_HOST_DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 
 // ---- the pipeline of tiles -----------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ template <int T> SSLC_DEVICE uint4 load_t8(const float* t, size_t row, int j, in
 
 // A row of activations in shared memory: 128 bytes per 64 columns. Rows are 64 bytes modulo 128 apart, so that the eight
 // lanes of one phase of a 128-bit load (two rows, four chunks) touch all banks once.
-SSLC_DEVICE constexpr int activation_pitch(int columns) { return columns * 2 + 64; }
+SSLC_HOST_DEVICE constexpr int activation_pitch(int columns) { return columns * 2 + 64; }
 
 template <int T> SSLC_DEVICE void store_output(void* y, size_t at, float value, bool f32) {
   if (f32) static_cast<float*>(y)[at] = value;
