@@ -183,11 +183,11 @@ def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != QUANT_METHOD:
         raise InputError(
             f"{folder} holds a model that is quantized in another way",
-            got=f"quant_method {method!r}",
+            got=f"quant_method {method!r}" if method else repr(quantization),
             allowed="a dense model, or one that sslc-compress wrote",
             do="Start from the dense model",
         )
@@ -223,6 +223,11 @@ def _tensors(folder: Path) -> dict[str, TensorRef]:
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise _damaged(folder / file, f"Tensor {name} is missing, though {INDEX} says that it is here")
+    # transformers loads whatever is in the files, so the two must agree.
+    for file, header in headers.items():
+        for name in header:
+            if weight_map.get(name) != file:
+                raise _damaged(folder / file, f"Tensor {name} is here, but {INDEX} does not say so")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 

@@ -15,20 +15,18 @@ import numpy as np
 import onnx
 import onnxscript
 
+from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION
+
 # Opset 23 has Attention, RMSNormalization and RotaryEmbedding. The exporter decomposes them for older opsets,
 # and loses two of the three again for 24 (torch 2.13).
 OPSET = 23
-DOMAIN = "sslc"
-OP_TYPE = "LowRankSparseLinear"
-VERSION = 1
-LAYOUT = "rows64"
-INPUTS = ("X", "bitmap", "values", "U", "V", "bias")
 
 op: Any = onnxscript.opset23  # Any: onnxscript's type variables do not unify over a chain of operators
+_OPSET = onnxscript.values.Opset(DOMAIN, VERSION)
 _BIT_MASKS = onnx.numpy_helper.from_array((np.uint32(1) << np.arange(32, dtype=np.uint32)).view(np.int32))
 
 
-@onnxscript.script(onnxscript.values.Opset(DOMAIN, VERSION), default_opset=op)
+@onnxscript.script(_OPSET, default_opset=op)
 def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, layout: str = LAYOUT):  # noqa: N802
     """Y = X · (S + U·V)ᵀ + bias, with S as a bitmap and its stored values (rows64: row by row, whole 64 columns)."""
     # Which entries of S are stored, as a flat 0/1 vector in row-major order. Bit k mod 32 of word k div 32 belongs to
@@ -54,6 +52,33 @@ def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, l
     y = op.Gemm(x, S, low_rank, transB=1)
     Y = op.Reshape(y, op.Concat(op.Shape(X, end=-1), N, axis=0), allowzero=1)
     return Y  # noqa: RET504 - the name becomes the output's
+
+
+_input, _attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+_SCHEMA = onnx.defs.OpSchema(
+    OP_TYPE,
+    DOMAIN,
+    VERSION,
+    doc=str(LowRankSparseLinear.__doc__),
+    inputs=[
+        _input("X", "tensor(float)"),
+        _input("bitmap", "tensor(int32)"),
+        _input("values", "T"),
+        _input("U", "T"),
+        _input("V", "T"),
+        _input("bias", "tensor(float)", param_option=onnx.defs.OpSchema.FormalParameterOption.Optional),
+    ],
+    outputs=[_input("Y", "tensor(float)")],
+    type_constraints=[("T", ["tensor(float)", "tensor(bfloat16)"], "the stored type of the weights")],
+    attributes=[
+        _attribute("version", onnx.defs.OpSchema.AttrType.INT, required=False),
+        _attribute("layout", onnx.defs.OpSchema.AttrType.STRING, required=False),
+    ],
+)
+
+# Called in a translation of the exporter, this adds one node. (The function itself would be inlined there. The bias is
+# optional only until the exporter is done: docs/architecture.md wants it always present.)
+node = onnxscript.values.Op(_OPSET, OP_TYPE, _SCHEMA)
 
 
 def function_body() -> onnx.FunctionProto:

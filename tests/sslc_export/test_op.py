@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sslc_export.lowering import op
+from sslc_export.lowering import names, op
 
 FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
@@ -40,13 +40,22 @@ def model_of(tensors, x_shape):
     leading = [f"d{i}" for i in range(len(x_shape) - 1)]
     float32 = onnx.TensorProto.FLOAT
     graph = helper.make_graph(
-        [helper.make_node(op.OP_TYPE, list(op.INPUTS), ["Y"], domain=op.DOMAIN, version=op.VERSION, layout=op.LAYOUT)],
+        [
+            helper.make_node(
+                names.OP_TYPE,
+                list(names.INPUTS),
+                ["Y"],
+                domain=names.DOMAIN,
+                version=names.VERSION,
+                layout=names.LAYOUT,
+            )
+        ],
         "layer",
         [helper.make_tensor_value_info("X", float32, [*leading, x_shape[-1]])],
         [helper.make_tensor_value_info("Y", float32, [*leading, n])],
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
-    opsets = [helper.make_opsetid("", op.OPSET), helper.make_opsetid(op.DOMAIN, op.VERSION)]
+    opsets = [helper.make_opsetid("", op.OPSET), helper.make_opsetid(names.DOMAIN, names.VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[op.function_body()], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -1,0 +1,15 @@
+"""The names that a lowered model carries: its operator, and its metadata. Nothing heavy is imported here."""
+
+# The operator (docs/architecture.md).
+DOMAIN = "sslc"
+OP_TYPE = "LowRankSparseLinear"
+VERSION = 1
+LAYOUT = "rows64"
+INPUTS = ("X", "bitmap", "values", "U", "V", "bias")
+
+# Keys of the model's metadata, and what their values mean.
+FORMAT_VERSION_KEY = "sslc.format_version"
+FORMAT_VERSION = "1"
+CONFIG_KEY = "sslc.config_sha256"  # of the checkpoint's config.json
+MODEL_TYPE_KEY = "sslc.model_type"  # as in config.json
+DENSE_LAYERS_KEY = "sslc.dense_layers"  # JSON list of the names of the linear layers that are dense

@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+
+from compress.methods import magnitude, oats, sparsegpt, sslc, wanda
+from compress.methods.linalg import damped, input_norms, least_squares_on_support, low_rank
+from compress.methods.masks import top_overall, top_per_row
+from compress.options import METHODS
+from compress.solve import SOLVERS
+
+
+def problem(N=24, K=36, tokens=400, seed=0):
+    """W [N, K] and the Gram matrix of correlated inputs, some large, one dead."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(tokens, 12, generator=g) @ torch.randn(12, K, generator=g) + torch.randn(tokens, K, generator=g)
+    X[:, 3] *= 10
+    X[:, 5] = 0
+    return torch.randn(N, K, generator=g), X.T @ X / tokens
+
+
+def error(W, H, solution):
+    D = (W - solution.S - solution.U @ solution.V).double()
+    return float(((D @ H.double()) * D).sum() / ((W.double() @ H.double()) * W.double()).sum()) ** 0.5
+
+
+def test_every_method_has_a_solver():
+    assert SOLVERS.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 8), (16, 33)])
+def test_masks_hold_exactly_as_many_entries_as_asked_even_with_ties(shape):
+    N, K = shape
+    g = torch.Generator().manual_seed(0)
+    for scores in (torch.rand(shape, generator=g), torch.zeros(shape), (torch.rand(shape, generator=g) * 3).floor()):
+        for k in (0, 1, N, N * K // 2, N * K - 1, N * K):
+            overall, per_row = top_overall(scores, k), top_per_row(scores, k)
+            assert overall.sum() == per_row.sum() == k
+            assert not overall.any() or overall.all() or scores[overall].min() >= scores[~overall].max()
+            assert per_row.sum(1).max() - per_row.sum(1).min() <= 1
+            for row, chosen in zip(scores, per_row, strict=True):
+                assert not chosen.any() or chosen.all() or row[chosen].min() >= row[~chosen].max()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("rank", [0, 3, 24])
+def test_every_solution_is_exactly_what_was_asked_for(method, share, rank):
+    W, H = problem()
+    nnz = round(share * W.numel())
+    rank = rank if METHODS[method].low_rank else 0
+    solution = SOLVERS[method](W, H, nnz, rank)
+    assert solution.mask.dtype == torch.bool
+    assert int(solution.mask.sum()) == nnz
+    assert not solution.S[~solution.mask].any()
+    assert solution.U.shape == (24, rank)
+    assert solution.V.shape == (rank, 36)
+    assert all(torch.isfinite(part).all() for part in solution[1:])
+    assert all(part.dtype == torch.float32 for part in solution[1:])
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_larger_budget_makes_a_smaller_error_and_a_full_one_none(method):
+    W, H = problem()
+    rank = 2 if METHODS[method].low_rank else 0
+    errors = [error(W, H, SOLVERS[method](W, H, nnz, rank)) for nnz in (100, 250, 400, 600, W.numel())]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-5
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_inputs_that_are_all_dead_do_no_harm(method):
+    W = problem()[0]
+    solution = SOLVERS[method](W, torch.zeros(36, 36), 300, 0)
+    assert torch.isfinite(solution.S).all()
+    assert int(solution.mask.sum()) == 300
+
+
+def test_magnitude_keeps_the_largest():
+    W, _ = problem()
+    solution = magnitude.solve(W, None, 200, 0)
+    assert set(solution.S[solution.mask].tolist()) == set(sorted(W.flatten().tolist(), key=abs)[-200:])
+
+
+def test_wanda_keeps_the_largest_products_of_each_row():
+    W, H = problem()
+    solution = wanda.solve(W, H, 24 * 10, 0)
+    for n in range(24):
+        scores = [abs(float(W[n, k])) * math.sqrt(float(H[k, k])) for k in range(36)]
+        best = sorted(range(36), key=lambda k: scores[k])[-10:]
+        assert sorted(best) == solution.mask[n].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("block", [8, 36])
+def test_sparsegpt_is_optimal_brain_surgery_from_left_to_right(block):
+    """Against the naive loop: invert what is left, remove one entry, update the rest of its row."""
+    W, H = problem(N=6)
+    nnz = 6 * 36 // 2
+    solution = sparsegpt.solve(W, H, nnz, 0, block=block)
+    left, Hd = W.double().clone(), damped(H).double()
+    for c in range(36):
+        inverse = torch.linalg.inv(Hd[c:, c:])
+        for n in range(6):
+            if not solution.mask[n, c]:
+                left[n, c:] -= left[n, c] / inverse[0, 0] * inverse[0]
+    # float32 Cholesky factors of a matrix with condition number near 1e3 against float64 inverses
+    assert torch.allclose(solution.S.double(), left * solution.mask, atol=2e-3)
+
+
+def test_sparsegpt_chooses_the_mask_of_a_block_by_the_error_that_removal_causes():
+    W, H = problem(N=6)
+    mask = sparsegpt.solve(W, H, 100, 0, block=36).mask
+    inverse = [float(torch.linalg.inv(damped(H).double()[c:, c:])[0, 0]) for c in range(36)]
+    scores = W.double().square() / torch.tensor(inverse, dtype=torch.float64)
+    assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_oats_alternates_svd_and_row_thresholds():
+    W, H = problem()
+    k, rank = 6, 18  # so near to full rank that the methods take the exact SVD
+    solution = oats.solve(W, H, 24 * k, rank, iterations=7)
+    d = input_norms(H).double()
+    A, S = W.double() * d, torch.zeros(24, 36, dtype=torch.float64)
+    for _ in range(7):
+        left, s, right = torch.linalg.svd(A - S, full_matrices=False)
+        L = (left[:, :rank] * s[:rank]) @ right[:rank]
+        S = torch.zeros_like(S)
+        for n in range(24):
+            best = (A - L)[n].abs().argsort()[-k:]
+            S[n, best] = (A - L)[n, best]
+    # Rounding to float32 may swap an entry at the threshold for one of nearly the same size.
+    reference = solution._replace(S=S / d, U=L / d, V=torch.eye(36).double())
+    assert error(W, H, solution) == pytest.approx(error(W, H, reference), rel=1e-2)
+
+
+def test_sslc_always_keeps_the_most_salient_weights():
+    W, H = problem(N=100, K=200)
+    W[7, 11] = 50.0
+    for rank in (0, 10):
+        mask = sslc.solve(W, H, 100 * 20, rank).mask
+        salience = W.abs() * input_norms(H)
+        best = salience.flatten().topk(int(sslc.PROTECTED * W.numel())).indices
+        assert mask.flatten()[best].all()
+
+
+def test_sslc_without_rank_is_wanda_with_least_squares():
+    W, H = problem()
+    plain = sslc.solve(W, H, 400, 0, least_squares=0)
+    assert error(W, H, sslc.solve(W, H, 400, 0)) < error(W, H, plain)
+    assert abs(error(W, H, plain) - error(W, H, wanda.solve(W, H, 400, 0))) < 0.02
+
+
+def test_sslc_with_full_rank_is_exact():
+    W, H = problem()
+    assert error(W, H, sslc.solve(W, H, 0, 24)) < 1e-4
+
+
+def test_least_squares_on_the_support_reaches_the_solution_of_the_normal_equations():
+    W, H = problem()
+    H = damped(H)
+    mask = top_overall(W.abs(), 300)
+    S = least_squares_on_support(W, mask, W * mask, H, iterations=60)
+    for n in range(24):
+        on = mask[n].nonzero().flatten()
+        exact = torch.linalg.solve(H[on][:, on].double(), (W[n].double() @ H.double())[on])
+        assert torch.allclose(S[n, on].double(), exact, atol=1e-3)
+
+
+def test_each_step_of_least_squares_lowers_the_error_of_each_row():
+    W, H = problem()
+    H = damped(H)
+    mask = top_overall(W.abs(), 300)
+    before = None
+    for iterations in range(6):
+        D = W - least_squares_on_support(W, mask, W * mask, H, iterations)
+        rows = ((D @ H) * D).sum(1)
+        assert before is None or (rows <= before * (1 + 1e-5)).all()
+        before = rows
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 20])
+def test_low_rank_is_close_to_the_best_approximation(rank):
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(60, 40, generator=g) * torch.linspace(2, 0.1, 40)
+    U, V = low_rank(A, rank)
+    assert U.shape == (60, rank)
+    assert V.shape == (rank, 40)
+    best = float(torch.linalg.svdvals(A)[rank:].norm())
+    # Halko, Martinsson and Tropp: two power steps and eight extra directions are within a few percent of the best.
+    assert float((A - U @ V).norm()) <= 1.03 * best
