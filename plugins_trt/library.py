@@ -9,6 +9,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from sslc_common.errors import MissingError
 
@@ -87,11 +88,11 @@ def register(trt: ModuleType, path: Path | None = None) -> Path:
     return path
 
 
-def creator(registry: object) -> object | None:
+def creator(registry: Any) -> Any:
     """The registered creator with exactly our name, version and namespace, or None."""
-    for c in registry.all_creators:  # type: ignore[attr-defined]
+    for c in registry.all_creators:
         if (c.name, c.plugin_version, c.plugin_namespace) == (NAME, VERSION, NAMESPACE):
-            return c  # type: ignore[no-any-return]
+            return c
     return None
 
 
