@@ -19,7 +19,9 @@ _SEQUENCES_PER_PIECE = 4
 _CHARACTERS_PER_TOKEN = 4
 
 
-def read_tokens(sources: Sequence[str], model: Path, *, tokens: int, length: int, seed: int) -> Tensor:
+def read_tokens(
+    sources: Sequence[str], model: Path, *, tokens: int, length: int, seed: int, what: str = "calibration"
+) -> Tensor:
     """Draws sequences of tokens from texts, the same number from each source, in turns.
 
     Args:
@@ -29,6 +31,7 @@ def read_tokens(sources: Sequence[str], model: Path, *, tokens: int, length: int
         tokens: How many tokens are wanted; rounded down to whole sequences.
         length: L, tokens per sequence.
         seed: Of the draw.
+        what: How errors call the text; held-out text is drawn in the same way.
 
     Returns:
         int64 [tokens // length, length].
@@ -39,7 +42,7 @@ def read_tokens(sources: Sequence[str], model: Path, *, tokens: int, length: int
     """
     if not sources:
         raise InputError(
-            "There is no calibration text",
+            f"There is no {what} text",
             allowed="text files, folders of .txt files, or names of Hugging Face datasets",
             do="Pass text of the kind the model will see, or use the method magnitude, which needs none",
         )
@@ -48,7 +51,7 @@ def read_tokens(sources: Sequence[str], model: Path, *, tokens: int, length: int
     for index in range(tokens // length - sum(wanted)):
         wanted[index] += 1
     drawn = [
-        _draw(source, _text(source), tokenizer, count, length, seed)
+        _draw(source, _text(source, what), tokenizer, count, length, seed, what)
         for source, count in zip(sources, wanted, strict=True)
         if count
     ]
@@ -76,9 +79,9 @@ def hold_out(tokens: Tensor) -> tuple[Tensor, int]:
     return torch.cat([tokens[~held_out], tokens[held_out]]), int((~held_out).sum())
 
 
-def _draw(source: str, text: str, tokenizer: object, count: int, length: int, seed: int) -> Tensor:
+def _draw(source: str, text: str, tokenizer: object, count: int, length: int, seed: int, what: str) -> Tensor:
     size = _SEQUENCES_PER_PIECE * length * _CHARACTERS_PER_TOKEN
-    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    pieces = list(_pieces(text, size))
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
     ids: list[int] = []
     for index in order:
@@ -87,12 +90,24 @@ def _draw(source: str, text: str, tokenizer: object, count: int, length: int, se
             break
     if len(ids) < count * length:
         raise InputError(
-            f"The calibration text {source} is {'too short' if ids else 'empty'}",
+            f"The {what} text {source} is {'too short' if ids else 'empty'}",
             got=f"{len(ids)} tokens",
             allowed=f"at least {count * length} tokens ({count} sequences of {length})",
-            do="Give more text, or ask for fewer calibration tokens",
+            do=f"Give more text, or ask for fewer {what} tokens",
         )
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Cuts a text into pieces of about `size` characters, between words where there are spaces."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            middle = start + size // 2
+            end = max(text.rfind(" ", middle, end), text.rfind("\n", middle, end)) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 def _tokenizer(model: Path) -> object:
@@ -112,17 +127,17 @@ def _tokenizer(model: Path) -> object:
         ) from error
 
 
-def _text(source: str) -> str:
+def _text(source: str, what: str) -> str:
     path = Path(source)
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         if not files:
-            raise InputError(f"The calibration folder {path} has no .txt files", do="Give a folder with text files")
+            raise InputError(f"The {what} folder {path} has no .txt files", do="Give a folder with text files")
         return "\n\n".join(_read(file) for file in files)
     if path.is_file():
         return _read(path)
     if path.suffix or source.startswith((".", "/", "~")):
-        raise InputError(f"There is no calibration text {source}", do="Check the path")
+        raise InputError(f"There is no {what} text {source}", do="Check the path")
     return "\n\n".join(_dataset(source))
 
 

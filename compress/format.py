@@ -125,12 +125,14 @@ class Checkpoint:
 
 def require_finite(tensor: Tensor, name: str, file: Path) -> None:
     """Raises InputError if a tensor holds NaN or infinity, saying how many and where the first is."""
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        first = [int(i) for i in torch.nonzero(~finite)[0]]
+    # In pieces: isfinite makes temporaries of the tensor's size, and embeddings are large.
+    wrong = [~torch.isfinite(piece) for piece in tensor.reshape(-1).split(1 << 22) if not torch.isfinite(piece).all()]
+    if wrong:
+        first = torch.unravel_index(torch.nonzero(~torch.isfinite(tensor.reshape(-1)))[0, 0], tensor.shape)
+        count = sum(int(piece.sum()) for piece in wrong)
         raise InputError(
             f"Tensor {name} in {file} holds NaN or infinite values",
-            got=f"{int((~finite).sum())} of {tensor.numel()}, the first at {first}",
+            got=f"{count} of {tensor.numel()}, the first at {[int(i) for i in first]}",
             allowed="finite values",
             do="Fix or replace the model; training or converting it probably overflowed",
         )

@@ -99,7 +99,8 @@ class CompressOptions:
 
         The calibration text is not among them: its tokens' fingerprint stands for it.
         """
-        return {key: value for key, value in asdict(self).items() if key not in ("calibration", "overwrite")}
+        chosen = {key: value for key, value in asdict(self).items() if key not in ("calibration", "overwrite")}
+        return chosen | {"exclude": list(self.exclude)}  # as JSON reads it back
 
 
 def parse_budget(value: object) -> float:

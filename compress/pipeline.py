@@ -53,7 +53,7 @@ def compress_model(
         out: Folder to write. Must not exist or be empty, unless `options.overwrite`.
         options: What to do.
         tokens: int64 [n, L], calibration sequences instead of `options.calibration`.
-        progress: Wraps the loop over blocks.
+        progress: Wraps the loops over weights to check and over blocks.
 
     Returns:
         What was done to each layer; the same is in OUT/compression_report.json.
@@ -68,6 +68,7 @@ def compress_model(
     dense = Source.open(source)
     plans = plan_model(dense, options)
     tokens = _calibration_tokens(dense, options, tokens)
+    dense.verify(progress)
     solving = 0
     if tokens is not None:
         tokens, solving = hold_out(tokens)
@@ -83,7 +84,9 @@ def compress_model(
         require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
         _compress_blocks(work, dense, plans, options, tokens, solving, progress)
         rows = [row for block in work.finished for row in block]
-        _write_rest(work.folder, dense)
+        rest = {name: dense.read(name) for name in dense.outside_blocks()}
+        write_shard(work.folder / _shards(dense)[-1], rest)
+        del rest
         written = write_index(work.folder, _shards(dense))
         copy_companions(source, work.folder)
         write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
@@ -200,17 +203,6 @@ def _shards(source: Source) -> list[str]:
     """Names of the shards: one per block, and the last for the rest."""
     count = len(source.blocks) + 1
     return [shard_name(index, count) for index in range(count)]
-
-
-def _write_rest(folder: Path, source: Source) -> None:
-    """Writes what lies outside the blocks, as it is, into the last shard."""
-    inside = tuple(f"{name}." for name in source.blocks)
-    tied = source.model.all_tied_weights_keys if source.model.config.tie_word_embeddings else {}
-    names = [name for name, _ in source.model.named_parameters() if not name.startswith(inside)]
-    write_shard(
-        folder / _shards(source)[-1],
-        {name: source.read(name) for name in names if name not in tied or source.find(name)},
-    )
 
 
 def _compression_config(rows: list[LayerReport], identity: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {CHECKSUM + name: checksum(tensor) for name, tensor in contiguous.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
+        except SafetensorError as error:
+            # The library tells the system's errors, a full disk above all, only in its text.
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), str(error), str(path)) from error
+            raise
         _sort_metadata(temporary)
 
 

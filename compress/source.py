@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from compress.architectures import block_names, skeleton
-from compress.format import Checkpoint, require_finite
+from compress.format import Checkpoint, Progress, no_progress, require_finite
 from compress.shards import TensorRef
 from sslc_common.errors import InputError
 
@@ -82,13 +82,29 @@ class Source:
         """A parameter in its stored dtype.
 
         Raises:
-            InputError: see `ref`; or it holds NaN or infinity.
+            InputError: see `ref`.
         """
-        ref = self.ref(parameter)
-        name = str(self.find(parameter))
-        tensor = self.checkpoint.read(name)
-        require_finite(tensor, name, ref.file)
-        return tensor
+        self.ref(parameter)
+        return self.checkpoint.read(str(self.find(parameter)))
+
+    def outside_blocks(self) -> list[str]:
+        """The parameters outside the blocks that the files hold; tied ones may be left out of them."""
+        inside = tuple(f"{name}." for name in self.blocks)
+        tied = self.model.all_tied_weights_keys if self.model.config.tie_word_embeddings else {}
+        names = [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
+        return [name for name in names if name not in tied or self.find(name)]
+
+    def verify(self, progress: Progress = no_progress) -> None:
+        """Reads every parameter once, so that a bad one is told before hours of work.
+
+        Raises:
+            InputError: one is missing, has another shape than in the architecture, or holds NaN or infinity.
+        """
+        inside = [
+            f"{block}.{name}" for block in self.blocks for name, _ in self.model.get_submodule(block).named_parameters()
+        ]
+        for name in progress([*inside, *self.outside_blocks()], "Checking weights"):
+            require_finite(self.read(name), str(self.find(name)), self.ref(name).file)
 
     def load_block(self, name: str) -> dict[str, Tensor]:
         """Loads the dense parameters of one block, as float32, into the skeleton.

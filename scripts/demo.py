@@ -36,7 +36,9 @@ def main() -> int:
         return code
     _run("generate", "--engine", OUT, "--prompt", "The three primary colors are", "--tokens", "48")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"\ndemo: {(time.monotonic() - start) / 60:.1f} minutes, {peak:.1f} GiB peak memory; see {OUT.parent}/report/")
+    print(
+        f"\ndemo: {(time.monotonic() - start) / 60:.1f} minutes, {peak:.1f} GiB peak memory; see {OUT.parent}/report/"
+    )
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sslc_common.errors import PASSED, InputError, MissingError
-from sslc_common.files import atomic_path, existing_parent
+from sslc_common.files import atomic_path
 from sslc_export import console
 from sslc_export.model import resolve
 from sslc_export.recipe import (
@@ -22,9 +22,13 @@ from sslc_export.recipe import (
 
 if TYPE_CHECKING:
     from compress.report import CompressReport
+    from validate.latency import LatencyOptions
     from validate.verdict import Verdict
 
 DATA = Path(__file__).parent / "data"
+
+_LIMITS = ("max_perplexity_ratio", "min_decode_speedup", "min_prefill_speedup", "max_size_ratio")
+_HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
 
 
 def export(recipe: ExportRecipe) -> int:
@@ -127,6 +131,7 @@ def _compress(source: Path, out: Path, recipe: CompressRecipe) -> CompressReport
 def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict:
     """Compares an engine with its own PyTorch model and, if there is one, with the dense model's engine."""
     import numpy as np
+    import torch
 
     import compress
     from compress.calibration import read_tokens
@@ -134,42 +139,65 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     from sslc_export.engines.pytorch import TorchEngine
     from sslc_export.lowering.lower import lower
     from sslc_export.record import engine_record, layer_records, ledger, read_record
-    from validate.latency import LatencyOptions
     from validate.limits import load_limits
     from validate.run import Options, validate
 
-    names = ("max_perplexity_ratio", "min_decode_speedup", "min_prefill_speedup", "max_size_ratio")
-    limits = load_limits(Path(recipe.limits) if recipe.limits else None, recipe.model_dump(include=set(names)))
+    limits = load_limits(Path(recipe.limits) if recipe.limits else None, recipe.model_dump(include=set(_LIMITS)))
     record = read_record(path)
     checkpoint = path.parent / record["checkpoint"]
+    latency = _latency_options(checkpoint, recipe)
     held_out = read_tokens(
         recipe.held_out or [str(DATA / "held_out.txt")],
         checkpoint,
         tokens=recipe.held_out_tokens,
-        length=512,
+        length=min(_HELD_OUT_LENGTH, _longest(checkpoint)),
         seed=0,
+        what="held-out",
     )
-    # The dense twin shares the weight files of the dense folder by hard links, so it goes where the engine is.
-    with tempfile.TemporaryDirectory(prefix=".dense-", dir=existing_parent(path)) as folder:
+    # The dense twin is lowered where the engine is: there is space, and its weights may be large for /tmp.
+    with tempfile.TemporaryDirectory(prefix=".dense-", dir=path.parent) as folder:
         twin = None
         if dense is not None:
             with console.stage(f"lower {dense} for comparison"):
                 twin = lower(dense, Path(folder) / "dense.onnx", console.progress)
         with console.stage("validate"):
             engine = OnnxRuntimeEngine(path, threads=recipe.threads, name="compressed")
-            reference = TorchEngine(compress.load(checkpoint), "PyTorch")
+            if engine.fallback_reason:
+                console.note(f"the kernel does not run: {engine.fallback_reason}")
             return validate(
                 engine,
                 dense=OnnxRuntimeEngine(twin.path, threads=recipe.threads, name="dense") if twin else None,
-                reference=reference,
+                reference=TorchEngine(compress.load(checkpoint, dtype=torch.float32)),
                 held_out=np.asarray(held_out),
                 limits=limits,
-                options=Options(latency=LatencyOptions(prefill_tokens=recipe.prefill_tokens)),
+                options=Options(latency=latency),
                 sizes=ledger(record, path, twin),
                 record=engine_record(record, engine, path),
                 layers=layer_records(checkpoint),
                 progress=console.progress,
             )
+
+
+def _latency_options(checkpoint: Path, recipe: ValidateRecipe) -> LatencyOptions:
+    from validate.latency import LatencyOptions
+
+    longest = _longest(checkpoint)
+    prefill = recipe.prefill_tokens or min(LatencyOptions.prefill_tokens, longest)
+    if prefill > longest:
+        raise InputError("The prompt is longer than the model can take", got=prefill, allowed=f"at most {longest}")
+    return LatencyOptions(
+        prefill_tokens=prefill,
+        decode_context=min(LatencyOptions.decode_context, longest - 1),
+        prefill_seconds=0.6 * recipe.latency_seconds,
+        decode_seconds=0.4 * recipe.latency_seconds,
+    )
+
+
+def _longest(checkpoint: Path) -> int:
+    """Most tokens that the model can take."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(checkpoint).max_position_embeddings)
 
 
 def _report(verdict: Verdict, recipe: ValidateRecipe, engine: Path) -> int:

@@ -72,7 +72,12 @@ class ValidateRecipe(_Recipe):
     )
     held_out_tokens: int = Field(16384, gt=0, description="tokens of held-out text")
     threads: int | None = Field(None, gt=0, description="threads of the engines (default: all cores)")
-    prefill_tokens: int = Field(512, gt=0, description="prompt length of the prefill measurement")
+    prefill_tokens: int | None = Field(
+        None, gt=0, description="prompt length of the prefill measurement (default: 512, or what the model takes)"
+    )
+    latency_seconds: float = Field(
+        40.0, gt=0, description="time for all latency samples; noise may double it, never the number of rounds"
+    )
     limits: str | None = Field(None, description="YAML file of limits; flags win over it, see docs/verdict.md")
     max_perplexity_ratio: float | None = Field(None, gt=0, description="held-out perplexity over the dense model's")
     min_decode_speedup: float | None = Field(None, gt=0, description="decode speed over the dense engine's")

@@ -128,8 +128,9 @@ def _latency(latency: Latency) -> list[str]:
             rows.append((f"{name}, {engine}", *figures, *signs))
         load = phase.gate.load
         state = "stable" if phase.gate.stable else "**unstable**: " + "; ".join(phase.gate.reasons)
-        repeated = f" Repeated because {'; '.join(phase.repeated_because)}." if phase.repeated_because else ""
-        notes.append(f"{name.capitalize()}: {state}; others used {load.others:.2f} of {load.cores} cores.{repeated}")
+        notes.append(f"{name.capitalize()}: {state}. Other processes used {load.others:.2f} of {load.cores} cores.")
+        if phase.repeated_because:
+            notes[-1] += f" Measured twice, because at first {'; '.join(phase.repeated_because)}."
     threads = ", ".join(f"{name} {count}" for name, count in latency.threads.items() if count is not None)
     if threads:
         notes.append(f"Threads: {threads}.")

@@ -63,6 +63,10 @@ std::string text(int64_t number) { return std::to_string(number); }
 
 }  // namespace
 
+const TypeKernels& PreparedLayer::of_type() const {
+  return layer_.dtype == Dtype::f32 ? kernels_->f32 : kernels_->bf16;
+}
+
 bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Kernels* kernels, std::string* error) {
   layer_ = weights;
   kernels_ = kernels;
@@ -111,14 +115,14 @@ void PreparedLayer::forward(const float* x, int64_t M, float* y, const Parallel&
 }
 
 void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const {
-  const TypeKernels& kernels = kernels_->of(layer_.dtype);
+  const TypeKernels& kernels = of_type();
   const int64_t Kp = layer_.words * kBlock, rp = round_up(layer_.r, kBlock);
-  const bool in_place = kernels.natural_order && layer_.K == Kp;
+  const bool in_place = M == 1 && kernels.natural_order && layer_.K == Kp;
   float* t = scratch.at_least(M * (rp + Kp));
   std::memset(t, 0, static_cast<size_t>(M * rp) * sizeof(float));
   if (!in_place) {
     float* arranged = t + M * rp;
-    for (int64_t m = 0; m < M; ++m) kernels.arrange(x + m * layer_.K, layer_.K, Kp, arranged + m * Kp);
+    kernels.arrange(x, M, layer_.K, Kp, arranged);
     x = arranged;
   }
   const double size = static_cast<double>(size_of(layer_.dtype)), K = static_cast<double>(layer_.K);
@@ -132,10 +136,10 @@ void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Paral
 }
 
 void PreparedLayer::forward_many(const float* x, int64_t M, float* y, const Parallel& parallel) const {
-  const TypeKernels& kernels = kernels_->of(layer_.dtype);
+  const TypeKernels& kernels = of_type();
   const int64_t N = layer_.N, K = layer_.K, r = layer_.r;
   // Tiles of about equal width: a narrow one uses the weights badly.
-  const int64_t units = (M + 15) / 16, tiles = (units + kMaxColumns / 16 - 1) / (kMaxColumns / 16);
+  const int64_t units = (M + 15) / 16, tiles = (M + kernels_->columns - 1) / kernels_->columns;
   for (int64_t tile = 0, m = 0; tile < tiles; ++tile) {
     const int64_t columns = (units * (tile + 1) / tiles - units * tile / tiles) * 16;
     const int64_t count = std::min(columns, M - m);

@@ -20,6 +20,7 @@ class PreparedLayer {
   const Layer& layer() const { return layer_; }
 
  private:
+  const TypeKernels& of_type() const;
   void forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_many(const float* x, int64_t M, float* y, const Parallel& parallel) const;
 

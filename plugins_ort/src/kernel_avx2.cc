@@ -13,10 +13,11 @@ using Vec = __m256;
 constexpr int kLanes = 8;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
-inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 inline float sum(Vec v) {
@@ -63,7 +64,7 @@ struct F32 {
   static void dense(const uint8_t* p, int count, Vec* w) {
     w[0] = _mm256_maskload_ps(reinterpret_cast<const float*>(p), lanes_below(count));
   }
-  static const uint8_t* widen(const uint8_t* p, int64_t, float*) { return p; }
+  static Vec broadcast(const uint8_t* p) { return _mm256_set1_ps(load_f32(p)); }
 };
 
 struct Bf16 {
@@ -82,21 +83,19 @@ struct Bf16 {
     __builtin_memcpy(whole, p, static_cast<size_t>(2 * count));
     dense(whole, w);
   }
-  static const uint8_t* widen(const uint8_t* p, int64_t count, float* buffer) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) store(buffer + i, widened(load8(p + 2 * i)));
-    if (i < count) {
-      Vec w;
-      dense(p + 2 * i, static_cast<int>(count - i), &w);
-      store(buffer + i, w);
-    }
-    return reinterpret_cast<const uint8_t*>(buffer);
+  static Vec broadcast(const uint8_t* p) {
+    int16_t bits;
+    __builtin_memcpy(&bits, p, 2);
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi16(bits), high));
   }
 };
 
-// 16 registers: few_rows(M) * M sums, one weight vector per row.
+// 16 registers: few_rows(M) * M sums and a weight vector per row; kTileColumns / 8 sums and a weight.
 constexpr int kFewGroup = 4;
 constexpr int few_rows(int M) { return M <= 2 ? 4 : 3; }
+constexpr int kTileColumns = 96;
+constexpr int kChains = 1;
 
 #include "kernels.inc"
 

@@ -7,38 +7,61 @@ namespace sslc {
 namespace {
 
 typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t Lanes __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 
 inline Vec zero() { return Vec{}; }
-inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
 inline Vec load(const float* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+// Without a POPCNT instruction the builtin is a call.
+inline int count_bits(uint64_t word) {
+  word -= word >> 1 & 0x5555555555555555;
+  word = (word & 0x3333333333333333) + (word >> 2 & 0x3333333333333333);
+  word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0f;
+  return static_cast<int>(word * 0x0101010101010101 >> 56);
+}
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
-inline float widened(uint16_t half) {
+template <int Size>
+inline float value_at(const uint8_t* p) {
+  if (Size == 4) return load_f32(p);
+  uint16_t half;
+  __builtin_memcpy(&half, p, 2);
   const uint32_t bits = uint32_t{half} << 16;
   float value;
   __builtin_memcpy(&value, &bits, 4);
   return value;
 }
 
-template <int Size>
-inline float value_at(const uint8_t* p) {
-  if (Size == 4) {
-    float value;
-    __builtin_memcpy(&value, p, 4);
-    return value;
+// Four bits of the mask at a time: which of the next values goes to each lane, and which lanes are kept.
+struct Spreads {
+  uint8_t from[16][4];
+  Lanes keep[16];
+  uint8_t count[16];
+};
+
+constexpr Spreads make_spreads() {
+  Spreads t{};
+  for (int mask = 0; mask < 16; ++mask) {
+    int32_t keep[4] = {};
+    for (int i = 0; i < 4; ++i)
+      if ((mask >> i & 1) != 0) {
+        t.from[mask][i] = t.count[mask]++;
+        keep[i] = -1;
+      }
+    t.keep[mask] = Lanes{keep[0], keep[1], keep[2], keep[3]};
   }
-  uint16_t half;
-  __builtin_memcpy(&half, p, 2);
-  return widened(half);
+  return t;
 }
+
+constexpr Spreads kSpreads = make_spreads();
 
 template <int Size>
 struct Type {
@@ -46,10 +69,14 @@ struct Type {
   static constexpr bool kNaturalOrder = true;
   static int64_t position(int64_t k) { return k; }
   static void expand(uint64_t mask, const uint8_t* p, Vec* w) {
-    float spread[kStep] = {};
-    for (mask &= (1u << kStep) - 1; mask != 0; mask &= mask - 1, p += kSize)
-      spread[__builtin_ctzll(mask)] = value_at<Size>(p);
-    __builtin_memcpy(w, spread, sizeof spread);
+    for (int i = 0; i < kStep / 4; ++i) {
+      const uint64_t four = mask >> (4 * i) & 15;
+      const uint8_t* from = kSpreads.from[four];
+      const Vec v = {value_at<Size>(p + Size * from[0]), value_at<Size>(p + Size * from[1]),
+                     value_at<Size>(p + Size * from[2]), value_at<Size>(p + Size * from[3])};
+      w[i] = reinterpret_cast<Vec>(reinterpret_cast<Lanes>(v) & kSpreads.keep[four]);
+      p += Size * kSpreads.count[four];
+    }
   }
   static void dense(const uint8_t* p, int count, Vec* w) {
     float spread[kStep] = {};
@@ -57,18 +84,19 @@ struct Type {
     __builtin_memcpy(w, spread, sizeof spread);
   }
   static void dense(const uint8_t* p, Vec* w) { dense(p, kStep, w); }
-  static const uint8_t* widen(const uint8_t* p, int64_t count, float* buffer) {
-    if (Size == 4) return p;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = value_at<Size>(p + i * kSize);
-    return reinterpret_cast<const uint8_t*>(buffer);
+  static Vec broadcast(const uint8_t* p) {
+    const float value = value_at<Size>(p);
+    return Vec{value, value, value, value};
   }
 };
 
 using F32 = Type<4>;
 using Bf16 = Type<2>;
 
-constexpr int kFewGroup = 2;
+constexpr int kFewGroup = 4;
 constexpr int few_rows(int) { return 1; }
+constexpr int kTileColumns = 32;
+constexpr int kChains = 1;
 
 #include "kernels.inc"
 

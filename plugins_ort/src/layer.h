@@ -1,8 +1,8 @@
 // One compressed linear layer, Y = X (S + U V)^T + bias, as the kernels see it. Layout "rows64": docs/kernel-cpu.md.
 //
-// This header is included by files that are compiled for one instruction set each. It holds plain structs only: an
-// inline function of the standard library that such a file instantiates could be the copy the linker keeps, and would
-// then run on processors that lack the instructions.
+// This header is included by files that are compiled for one instruction set each, so that it holds plain structs and
+// static functions only. An inline function that such a file instantiates (one of the standard library, say) could be
+// the copy that the linker keeps for all, and would then run on processors that lack the instructions.
 #pragma once
 
 #include <cstddef>
@@ -12,17 +12,27 @@ namespace sslc {
 
 enum class Dtype : int32_t { f32 = 1, bf16 = 16 };  // ONNX's numbers (TensorProto.DataType)
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+static constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-constexpr int64_t kBlock = 64;       // columns under one 64-bit word of the bitmap
-constexpr int64_t kMaxFew = 16;      // most tokens that the few-token kernels take
-constexpr int64_t kMaxColumns = 96;  // most tokens in one tile of the many-token kernels
-constexpr int64_t kPanel = 64;       // most rows per call of the many-token kernels
+constexpr int64_t kBlock = 64;  // columns under one 64-bit word of the bitmap
+constexpr int64_t kPanel = 64;  // most rows per call of the many-token kernels
 
 // A kernel may read this many bytes beyond the last value of a row: vector loads are whole.
 constexpr int64_t kOverread = 64;
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static inline uint64_t load_word(const uint8_t* p) {
+  uint64_t word;
+  __builtin_memcpy(&word, p, 8);
+  return word;
+}
+
+static inline float load_f32(const uint8_t* p) {
+  float value;
+  __builtin_memcpy(&value, p, 4);
+  return value;
+}
 
 // Borrowed pointers, aligned to nothing in particular: they point into a mapped file.
 struct Layer {
@@ -37,20 +47,20 @@ struct Layer {
   const int64_t* row_start;  // [N + 1], index of the first value of each row
   int64_t tail_row;          // from this row on, values are read from the padded copy: reading kOverread bytes
   const uint8_t* tail;       // beyond the row would leave the tensor, which may be the end of a mapping
-
-  const uint8_t* row_values(int64_t n) const {
-    return n < tail_row ? values + row_start[n] * size_of(dtype)
-                        : tail + (row_start[n] - row_start[tail_row]) * size_of(dtype);
-  }
 };
+
+static inline const uint8_t* row_values(const Layer& layer, int64_t n) {
+  return n < layer.tail_row ? layer.values + layer.row_start[n] * size_of(layer.dtype)
+                            : layer.tail + (layer.row_start[n] - layer.row_start[layer.tail_row]) * size_of(layer.dtype);
+}
 
 // What one instruction set provides for one value type. Row ranges are [begin, end).
 //
-// Few tokens: x is [M, words * 64] and t is [M, r rounded up to 64], both in the kernel's own column order (`arrange`)
-// and zero beyond K and r. Many tokens: x^T is [K, columns] and t^T is [r, columns]; columns is a multiple of 16.
+// Few tokens: x and t are as arrange() lays them out, padded with zeros to words * 64 columns and to a multiple of 64.
+// Many tokens: x^T is [K, columns] and t^T is [r, columns]; columns is a multiple of 16.
 struct TypeKernels {
-  bool natural_order;  // arrange() only pads
-  void (*arrange)(const float* x, int64_t count, int64_t padded, float* out);
+  bool natural_order;  // for one token arrange() only pads
+  void (*arrange)(const float* x, int64_t M, int64_t K, int64_t padded, float* out);
   void (*project_few)(const Layer&, int64_t begin, int64_t end, const float* x, int64_t M, float* t);
   void (*rows_few)(const Layer&, int64_t begin, int64_t end, const float* x, const float* t, int64_t M, float* y);
   void (*project_many)(const Layer&, int64_t begin, int64_t end, const float* xT, int64_t columns, float* tT);
@@ -60,16 +70,13 @@ struct TypeKernels {
 
 struct Kernels {
   const char* name;
-  int64_t few;  // up to this many tokens the few-token kernels are faster (measured, docs/kernel-cpu.md)
+  int64_t few;      // up to this many tokens the few-token kernels are faster (docs/kernel-cpu.md)
+  int64_t columns;  // the widest tile of the many-token kernels
   TypeKernels f32, bf16;
   // Rows [begin, end) of x^T, from x [M, K]; columns beyond M are zero.
   void (*transpose)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t M, int64_t columns, float* xT);
-  // Bits set in `count` words.
-  int64_t (*popcount)(const uint8_t* words, int64_t count);
-  // Reads `bytes` bytes; for measuring bandwidth.
-  uint64_t (*read)(const uint8_t* data, int64_t bytes);
-
-  const TypeKernels& of(Dtype dtype) const { return dtype == Dtype::f32 ? f32 : bf16; }
+  int64_t (*popcount)(const uint8_t* words, int64_t count);  // bits set in `count` 64-bit words
+  uint64_t (*read)(const uint8_t* data, int64_t bytes);      // reads all bytes, for measuring bandwidth
 };
 
 // Runs task(user, i) for every i < count, on any threads, in any order.

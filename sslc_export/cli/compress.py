@@ -9,7 +9,7 @@ from sslc_export.recipe import CompressCommand
 
 DESCRIPTION = """\
 Compresses the linear layers of a language model's blocks into sparse + low-rank form, W ≈ S + U·V, one block at a
-time, and writes a Hugging Face folder that transformers loads once `import compress` has run.
+time, and writes a Hugging Face folder that transformers loads once `import compress.hf` has run.
 
 An interrupted run goes on where it stopped when the same command is given again.
 

@@ -145,7 +145,7 @@ def test_report_md_reads_from_verdict_to_environment(tmp_path):
         "Greedy generation: 93.8% of 64 tokens alike.",
         "Prompt 1 parts at token 28: 17 in PyTorch, 4 in the engine, 2e-06 apart: a near-tie.",
         "| decode, compressed | 15.00 ms | 14.70 ms | 15.75 ms | 15.15 ms | 2.0% | -0.4% | 2 |",
-        "Decode: stable; others used 0.04 of 2 cores.",
+        "Decode: stable. Other processes used 0.04 of 2 cores.",
         "| model.layers.0.mlp.up_proj | 32 | 0.410 | 1.90 | 3.54 | 0.0830 |",
         "| processor | A Processor, 2 cores, of which this process may use 2 |",
         "| build record | engine.json |",
@@ -158,7 +158,7 @@ def test_report_md_says_what_was_not_measured_and_what_was_unstable(tmp_path):
     assert "| latency.dense | no dense engine was given |" in text
     assert "## Numerics" not in text
     text = write_report(VERDICTS["unstable"], tmp_path)[1].read_text()
-    assert "Repeated because compressed varies by 31% (at most 20%)." in text
+    assert "Measured twice, because at first compressed varies by 31% (at most 20%)." in text
     text = write_report(VERDICTS["regression"], tmp_path)[1].read_text()
     assert "**12 logits were NaN or infinite.**" in text
 

@@ -1,0 +1,384 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compress
+import compress.hf  # teaches transformers to load compressed folders
+from compress import pipeline
+from compress.blocks import collect_inputs, embed
+from compress.calibration import hold_out
+from compress.format import Checkpoint
+from compress.layer import LowRankSparseLinear, keep_decoded
+from compress.options import METHODS, CompressOptions
+from compress.pipeline import compress_model
+from compress.source import Source
+from sslc_common.errors import InputError
+from tests.compress.models import FAMILIES, VOCABULARY, save_tiny
+
+HALF = {"budget": 0.5, "rank_share": 0.2}
+LINEARS = {"llama": 7, "qwen2": 7, "qwen3": 7, "mistral": 7, "opt": 6, "gpt2": 4}
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("values_dtype", ["f32", "bf16"])
+def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tokens, monkeypatch, family, values_dtype):
+    """Hidden states that calibration saw after the last block are, bit for bit, those of the reloaded model."""
+    source, out, last = save_tiny(tmp_path / "source", family), tmp_path / "out", []
+    original = pipeline.run
+
+    def run(block, call, hidden):
+        original(block, call, hidden)
+        last[:] = [hidden.clone()]
+
+    monkeypatch.setattr(pipeline, "run", run)
+    report = compress_model(source, out, CompressOptions(values_dtype=values_dtype, **HALF), tokens=tokens)
+    model = compress.load(out)
+    compressed = [module for module in model.modules() if isinstance(module, LowRankSparseLinear)]
+    assert len(compressed) == len(report.layers) == 3 * LINEARS[family]
+    assert all(
+        layer.values.dtype == {"f32": torch.float32, "bf16": torch.bfloat16}[values_dtype] for layer in compressed
+    )
+
+    seen = []
+    model.get_submodule(Source.open(source).blocks[-1]).register_forward_hook(lambda _, __, y: seen.append(y))
+    ordered, _ = hold_out(tokens)
+    before = logits(model, ordered)
+    assert torch.equal(seen[0], last[0])
+
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out), ordered), before)
+    keep_decoded(model)
+    assert torch.equal(logits(model, ordered), before)
+    generated = model.generate(tokens[:1, :4], max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_run_one_by_one_are_the_model(tmp_path, tokens, family):
+    """With dense weights, the block-by-block forward gives the hidden states of the whole model."""
+    folder = save_tiny(tmp_path / "source", family)
+    source = Source.open(folder)
+    with torch.no_grad():
+        hidden, calls = embed(source, tokens, tmp_path / "spill")
+        for name, call in zip(source.blocks, calls, strict=True):
+            source.load_block(name)
+            pipeline.run(source.model.get_submodule(name), call, hidden)
+    model, seen = AutoModelForCausalLM.from_pretrained(folder), []
+    model.get_submodule(source.blocks[-1]).register_forward_hook(lambda _, __, y: seen.append(y))
+    logits(model, tokens)
+    assert torch.equal(hidden, seen[0])
+    assert not (tmp_path / "spill").exists()
+
+
+def test_hidden_states_may_lie_in_a_file(tmp_path, tiny_llama, tokens, monkeypatch):
+    reports = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr("compress.blocks.SPILL_BYTES", limit)
+        compress_model(tiny_llama, tmp_path / str(limit), CompressOptions(method="wanda"), tokens=tokens)
+        reports.append((tmp_path / str(limit) / "model-00003-of-00004.safetensors").read_bytes())
+    assert reports[0] == reports[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", str(1 << 30), "tiny_llama"]
+
+
+def test_layers_with_one_input_share_its_gram_matrix(tiny_llama, tmp_path, tokens):
+    source = Source.open(tiny_llama)
+    with torch.no_grad():
+        hidden, calls = embed(source, tokens, tmp_path / "spill")
+        name = source.blocks[0]
+        source.load_block(name)
+        block = source.model.get_submodule(name)
+        layers = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        before = hidden.clone()
+        inputs = collect_inputs(block, layers, calls[0], hidden, 6, gram=True)
+        normed = block.input_layernorm(hidden)
+    assert torch.equal(hidden, before)
+    q, k, v, o = (inputs[f"self_attn.{x}_proj"] for x in "qkvo")
+    assert q is k is v
+    assert q is not o
+    assert inputs["mlp.gate_proj"] is inputs["mlp.up_proj"]
+    assert torch.equal(q.held_out, normed[6:].flatten(0, 1))
+    X = normed[:6].flatten(0, 1).double()
+    assert torch.allclose(q.gram.double(), X.T @ X / len(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_keeps_the_budget_and_reports_what_is_stored(tmp_path, tiny_llama, tokens, method):
+    out = tmp_path / "out"
+    report = compress_model(tiny_llama, out, CompressOptions(method=method, **HALF), tokens=tokens)
+    checkpoint = Checkpoint.open(out)
+    checkpoint.verify()
+    for row in report.layers:
+        names = [f"{row.name}.{part}" for part in ("bitmap", "values", "U", "V")]
+        assert row.bytes == sum(checkpoint.tensors[name].length for name in names)
+        assert row.bytes <= 0.5 * row.dense_bytes
+        assert row.bytes > 0.49 * row.dense_bytes
+        assert (row.rank > 0) == METHODS[method].low_rank
+        assert 0 < row.error < 1
+        assert row.seconds > 0
+        assert checkpoint.layers[row.name].nnz == row.nnz
+    assert report.checkpoint_bytes == sum(ref.length for ref in checkpoint.tensors.values()) < report.source_bytes
+    assert report.held_out_tokens == 32
+    assert report.calibration_tokens == 7 * 32
+    written = json.loads((out / "compression_report.json").read_text())
+    assert written == json.loads(json.dumps(report.to_json()))
+    assert written["budget_in_bytes"] == report.budget_in_bytes
+    quantization = checkpoint.config["quantization_config"]
+    assert (quantization["method"], quantization["budget"], quantization["format_version"]) == (method, 0.5, 1)
+    assert AutoTokenizer.from_pretrained(out)("w3 w5")["input_ids"] == [3, 5]
+
+
+def test_the_held_out_error_is_the_error_of_the_layers_output(tmp_path, tiny_llama, tokens):
+    report = compress_model(tiny_llama, tmp_path / "out", CompressOptions(**HALF), tokens=tokens)
+    name = "model.layers.0.self_attn.q_proj"
+    dense, packed = (compress.load(folder).get_submodule(name) for folder in (tiny_llama, tmp_path / "out"))
+    model = compress.load(tiny_llama)
+    seen = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model, tokens[-1:])  # the eighth sequence, the only one held out
+    with torch.no_grad():
+        expected = (dense(seen[0]) - packed(seen[0])).norm() / dense(seen[0]).norm()
+    assert report.layers[0].name == name
+    assert report.layers[0].error == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_calibration_text_is_tokenized_with_the_models_tokenizer(tmp_path, tiny_llama):
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 97}" for i in range(2000)))
+    options = CompressOptions(
+        method="wanda", calibration=(str(tmp_path / "text.txt"),), calibration_tokens=200, sequence_length=20
+    )
+    report = compress_model(tiny_llama, tmp_path / "out", options)
+    assert report.calibration_tokens + report.held_out_tokens == 200
+
+
+def test_magnitude_needs_no_text_and_the_others_say_that_they_do(tmp_path, tiny_llama):
+    report = compress_model(tiny_llama, tmp_path / "out", CompressOptions(method="magnitude"))
+    assert all(row.error is None for row in report.layers)
+    assert report.calibration is None
+    compress.load(tmp_path / "out")
+    with pytest.raises(InputError, match="no calibration text"):
+        compress_model(tiny_llama, tmp_path / "other", CompressOptions(method="wanda"))
+
+
+def test_layers_may_stay_dense_and_say_why(tmp_path, tiny_llama, tokens):
+    options = CompressOptions(exclude=("*.q_proj", "model.layers.1.mlp.*"), **HALF)
+    report = compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
+    dense = {row.name: row for row in report.layers if row.dense_reason}
+    assert len(dense) == 3 + 3
+    assert dense["model.layers.0.self_attn.q_proj"].dense_reason == "excluded by *.q_proj"
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    source = Checkpoint.open(tiny_llama)
+    for name, row in dense.items():
+        assert name not in checkpoint.layers
+        assert torch.equal(checkpoint.read(f"{name}.weight"), source.read(f"{name}.weight"))
+        assert row.bytes == row.dense_bytes
+    assert set(checkpoint.config["quantization_config"]["dense_layers"]) == set(dense)
+    assert type(compress.load(tmp_path / "out").get_submodule("model.layers.1.mlp.up_proj")) is torch.nn.Linear
+
+
+def test_a_pattern_that_matches_nothing_is_a_mistake(tmp_path, tiny_llama, tokens):
+    with pytest.raises(InputError, match=r"matches none.*qproj"):
+        compress_model(tiny_llama, tmp_path / "out", CompressOptions(exclude=("*.qproj",)), tokens=tokens)
+
+
+def test_a_full_budget_leaves_the_model_as_it_is(tmp_path, tiny_llama, tokens):
+    report = compress_model(tiny_llama, tmp_path / "out", CompressOptions(budget=1.0), tokens=tokens)
+    assert all("no fewer bytes" in row.dense_reason for row in report.layers)
+    assert report.checkpoint_bytes == report.source_bytes
+    assert torch.equal(logits(compress.load(tmp_path / "out"), tokens), logits(compress.load(tiny_llama), tokens))
+
+
+def test_what_lies_outside_the_blocks_is_untouched(tmp_path, tokens):
+    source = save_tiny(tmp_path / "source", "llama", torch.bfloat16)
+    compress_model(source, tmp_path / "out", CompressOptions(**HALF), tokens=tokens)
+    dense, compressed = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(dense.read(name), compressed.read(name))
+    norm = "model.layers.2.input_layernorm.weight"
+    assert torch.equal(dense.read(norm), compressed.read(norm))
+    assert compress.load(tmp_path / "out").dtype == torch.bfloat16
+    assert compress.load(tmp_path / "out", torch.float32).dtype == torch.float32
+
+
+def test_biases_travel_with_their_layers(tmp_path, tokens):
+    source = save_tiny(tmp_path / "source", "qwen2")
+    compress_model(source, tmp_path / "out", CompressOptions(**HALF), tokens=tokens)
+    dense, compressed = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    assert dense.read(bias).abs().sum() > 0
+    assert torch.equal(dense.read(bias), compressed.read(bias))
+    assert compressed.layers["model.layers.1.self_attn.k_proj"].bias == "F32"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_tied_embeddings_stay_tied(tmp_path, tokens, family):
+    source = save_tiny(tmp_path / "source", family, tie_word_embeddings=True)
+    assert "lm_head.weight" not in Checkpoint.open(source).tensors
+    compress_model(source, tmp_path / "out", CompressOptions(**HALF), tokens=tokens)
+    assert "lm_head.weight" not in Checkpoint.open(tmp_path / "out").tensors
+    model = compress.load(tmp_path / "out")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_weights_saved_without_the_head_have_shorter_names(tmp_path, tokens, family):
+    """The original GPT-2 and OPT files on the hub are of this kind."""
+    source = save_tiny(tmp_path / "source", family, tie_word_embeddings=True)
+    prefix = {"gpt2": "transformer.", "opt": "model."}[family]
+    tensors = load_file(source / "model.safetensors")
+    compress_model(source, tmp_path / "long", CompressOptions(**HALF), tokens=tokens)
+    save_file(
+        {name.removeprefix(prefix): t for name, t in tensors.items()}, source / "model.safetensors", {"format": "pt"}
+    )
+    compress_model(source, tmp_path / "short", CompressOptions(**HALF), tokens=tokens)
+    for path in (tmp_path / "long").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "short" / path.name).read_bytes()
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path, tiny_llama, tokens):
+    for name in ("one", "two"):
+        compress_model(tiny_llama, tmp_path / name, CompressOptions(**HALF), tokens=tokens)
+    for path in (tmp_path / "one").iterdir():
+        if path.name != "compression_report.json":  # which has seconds
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_progress_goes_over_the_blocks(tmp_path, tiny_llama):
+    seen = []
+
+    def progress(iterable, description):
+        items = list(iterable)
+        seen.append((description, len(items)))
+        return items
+
+    compress_model(tiny_llama, tmp_path / "out", CompressOptions(method="magnitude"), progress=progress)
+    assert seen == [("Checking weights", 30), ("Compressing blocks", 3)]
+
+
+class TestBadInput:
+    """Each is the user's error, and leaves nothing."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self, tmp_path):
+        yield
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+
+    def fails(self, source, tmp_path, match, tokens=None, **options):
+        with pytest.raises(InputError, match=match):
+            compress_model(
+                source, tmp_path / "out", CompressOptions(**{"method": "magnitude"} | options), tokens=tokens
+            )
+
+    def test_no_such_model(self, tmp_path):
+        self.fails(tmp_path / "nothing", tmp_path, "no model folder")
+
+    def test_no_config(self, tiny_llama, tmp_path):
+        (tiny_llama / "config.json").unlink()
+        self.fails(tiny_llama, tmp_path, "no config.json")
+
+    def test_unsupported_architecture(self, tiny_llama, tmp_path):
+        config = json.loads((tiny_llama / "config.json").read_text())
+        (tiny_llama / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+        self.fails(tiny_llama, tmp_path, r"not supported.*'t5'.*llama")
+
+    @pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"hidden_act": "magic"}])
+    def test_a_config_that_makes_no_model(self, tiny_llama, tmp_path, change):
+        config = json.loads((tiny_llama / "config.json").read_text())
+        (tiny_llama / "config.json").write_text(json.dumps(config | change))
+        self.fails(tiny_llama, tmp_path, "does not describe a model")
+
+    def test_a_config_of_another_size(self, tiny_llama, tmp_path):
+        config = json.loads((tiny_llama / "config.json").read_text())
+        (tiny_llama / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+        self.fails(tiny_llama, tmp_path, r"gate_proj.*contradicts config\.json")
+
+    def test_truncated_weights(self, tiny_llama, tmp_path):
+        path = tiny_llama / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        self.fails(tiny_llama, tmp_path, "cannot be read as safetensors")
+
+    def test_a_missing_weight(self, tiny_llama, tmp_path):
+        tensors = load_file(tiny_llama / "model.safetensors")
+        del tensors["model.layers.2.mlp.down_proj.weight"]
+        save_file(tensors, tiny_llama / "model.safetensors", {"format": "pt"})
+        self.fails(tiny_llama, tmp_path, r"down_proj\.weight is missing")
+
+    def test_an_untied_head_that_is_missing(self, tiny_llama, tmp_path):
+        tensors = load_file(tiny_llama / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, tiny_llama / "model.safetensors", {"format": "pt"})
+        self.fails(tiny_llama, tmp_path, r"lm_head\.weight is missing")
+
+    @pytest.mark.parametrize(
+        "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"]
+    )
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite(self, tiny_llama, tmp_path, tokens, name, value):
+        tensors = load_file(tiny_llama / "model.safetensors")
+        tensors[name][2, 3] = value
+        save_file(tensors, tiny_llama / "model.safetensors", {"format": "pt"})
+        self.fails(tiny_llama, tmp_path, rf"{name}.*NaN or infinite.*1 of", tokens=tokens, method="wanda")
+
+    def test_a_compressed_source(self, compressed, tmp_path):
+        self.fails(compressed, tmp_path, "compressed already")
+
+    @pytest.mark.parametrize("text", ["", "w1 w2 w3 w4"])
+    def test_too_little_text(self, tiny_llama, tmp_path, text):
+        (tmp_path / "text.txt").write_text(text)
+        self.fails(tiny_llama, tmp_path, "calibration text", method="wanda", calibration=(str(tmp_path / "text.txt"),))
+
+    def test_sequences_longer_than_the_model_takes(self, tiny_llama, tmp_path):
+        self.fails(tiny_llama, tmp_path, "at most 64", tokens=torch.zeros(4, 65, dtype=torch.int64))
+
+    @pytest.mark.parametrize("token", [-1, VOCABULARY])
+    def test_tokens_of_another_vocabulary(self, tiny_llama, tmp_path, token):
+        self.fails(tiny_llama, tmp_path, "0 to 96", tokens=torch.full((4, 8), token))
+
+    def test_a_single_sequence(self, tiny_llama, tmp_path):
+        self.fails(tiny_llama, tmp_path, "too few", tokens=torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_an_output_that_is_there_is_not_touched_unless_told(tmp_path, tiny_llama):
+    out = tmp_path / "out"
+    out.mkdir()
+    compress_model(tiny_llama, out, CompressOptions(method="magnitude"))
+    (out / "mine").touch()
+    with pytest.raises(InputError, match="exists already"):
+        compress_model(tiny_llama, out, CompressOptions(method="magnitude"))
+    assert (out / "mine").exists()
+    compress_model(tiny_llama, out, CompressOptions(method="magnitude", overwrite=True))
+    assert not (out / "mine").exists()
+    compress.load(out)
+
+
+def test_the_source_is_never_overwritten(tiny_llama):
+    with pytest.raises(InputError, match="output is the source"):
+        compress_model(
+            tiny_llama, tiny_llama / ".." / "tiny_llama", CompressOptions(method="magnitude", overwrite=True)
+        )
+    Checkpoint.open(tiny_llama)
+
+
+def test_an_output_that_cannot_be_written(tmp_path, tiny_llama):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        compress_model(tiny_llama, tmp_path / "file" / "out", CompressOptions(method="magnitude"))
+
+
+def test_links_in_the_source_are_followed(tmp_path, tiny_llama):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in tiny_llama.iterdir():
+        (linked / path.name).symlink_to(path)
+    compress_model(linked, tmp_path / "out", CompressOptions(method="magnitude"))
+    shutil.rmtree(tiny_llama)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    compress.load(tmp_path / "out")

@@ -1,0 +1,149 @@
+"""The main job on a tiny model, as commands in one process: from dense to verdict, and everything that goes wrong."""
+
+import json
+import re
+import shutil
+
+import jsonschema
+import pytest
+
+from sslc_export.cli import compress, export, validate
+from validate.document import schema
+
+# Enough for every stage to run; a tiny model's speed is nobody's concern.
+QUICK = ["--held-out-tokens", "2048", "--latency-seconds", "0.5", "--threads", "1"]
+CALIBRATION = ["--calibration-tokens", "2048", "--sequence-length", "128"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny_folder, text_file):
+    """A folder with an engine, and the exit code of sslc-export."""
+    folder = tmp_path_factory.mktemp("built")
+    arguments = ["--model", str(tiny_folder), "--out", str(folder / "engine.onnx"), *CALIBRATION, *QUICK]
+    code = export.main([*arguments, "--calibration", str(text_file), "--held-out", str(text_file)])
+    return folder, code
+
+
+def test_the_golden_path_passes_and_writes_all_it_promises(built):
+    folder, code = built
+    assert code == 0
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "engine",
+        "engine.json",
+        "engine.onnx",
+        "engine.recipe.yaml",
+        "report",
+    ]
+    verdict = json.loads((folder / "report" / "verdict.json").read_text())
+    jsonschema.validate(verdict, schema())
+    assert verdict["verdict"] == "passed"
+    assert verdict["numerics"]["relative_l2"] <= 1e-5
+    assert verdict["engine"]["kernel_layers"] == 21
+    assert verdict["engine"]["dense_layers"] == 1  # lm_head
+    assert verdict["latency"]["decode"]["speedup"]["low"] > 0
+    assert 0 < verdict["size"]["ratio"] < 1
+    assert verdict["accuracy"]["perplexity_ratio"] > 0
+    assert "passed" in (folder / "report" / "report.md").read_text().lower()
+
+
+def test_the_record_describes_the_engine(built, tiny_folder):
+    record = json.loads((built[0] / "engine.json").read_text())
+    assert record["model"] == str(tiny_folder)
+    assert record["checkpoint"] == "engine"
+    assert len(record["kernel_layers"]) == 21
+    assert record["op_counts"]["sslc::LowRankSparseLinear"] == 21
+    assert {"engine.onnx", "engine/model-00001-of-00004.safetensors"} <= record["files"].keys()
+
+
+def test_the_resolved_recipe_repeats_the_build(built, tmp_path):
+    code = export.main(
+        ["--recipe", str(built[0] / "engine.recipe.yaml"), "--out", str(tmp_path / "engine.onnx"), "--skip-validation"]
+    )
+    assert code == 0
+    for name in ("engine/model-00001-of-00004.safetensors", "engine/config.json", "engine.json"):
+        assert (tmp_path / name).read_bytes() == (built[0] / name).read_bytes(), name
+
+
+def test_a_missed_limit_is_a_regression(built, tiny_folder, text_file, tmp_path):
+    arguments = ["--engine", str(built[0] / "engine.onnx"), "--reference", str(tiny_folder), *QUICK]
+    arguments += ["--held-out", str(text_file), "--report", str(tmp_path / "report")]
+    assert validate.main([*arguments, "--max-size-ratio", "0.01"]) == 1
+    verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
+    assert verdict["verdict"] == "regression"
+    assert [limit["name"] for limit in verdict["limits"] if limit["outcome"] == "regression"] == ["max_size_ratio"]
+
+
+def test_an_engine_is_validated_without_a_dense_model(built, text_file, tmp_path):
+    arguments = ["--engine", str(built[0] / "engine.onnx"), *QUICK, "--held-out", str(text_file)]
+    assert validate.main([*arguments, "--report", str(tmp_path / "report")]) == 0
+    verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
+    assert verdict["accuracy"]["perplexity"] > 1
+    assert verdict["latency"]["decode"]["speedup"] is None
+
+
+def test_compress_then_export_elsewhere_copies_the_checkpoint(tiny_folder, text_file, tmp_path):
+    small = tmp_path / "small"
+    assert (
+        compress.main(["--model", str(tiny_folder), "--out", str(small), *CALIBRATION, "--calibration", str(text_file)])
+        == 0
+    )
+    out = tmp_path / "elsewhere" / "engine.onnx"
+    assert export.main(["--model", str(small), "--out", str(out), "--skip-validation"]) == 0
+    assert (out.parent / "engine" / "config.json").read_bytes() == (small / "config.json").read_bytes()
+    inside = small / "engine.onnx"
+    assert export.main(["--model", str(small), "--out", str(inside), "--skip-validation"]) == 0
+    assert not (small / "engine").exists()
+
+
+def test_an_engine_moves_with_its_folder(built, text_file, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(built[0], moved)
+    arguments = ["--engine", str(moved / "engine.onnx"), *QUICK, "--held-out", str(text_file)]
+    assert validate.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "engine.json").unlink(), "no build record"),
+        (lambda f: (f / "engine.json").write_text("{"), "damaged"),
+        (lambda f: (f / "engine.onnx").write_bytes(b"\x08\x0b"), "not the engine that engine.json describes"),
+        (lambda f: (f / "engine/model-00002-of-00004.safetensors").unlink(), "no such file"),
+        (lambda f: (f / "engine/config.json").unlink(), "compressed model .* is missing"),
+    ],
+)
+def test_a_broken_engine_is_bad_input(built, tmp_path, capsys, break_it, message):
+    broken = tmp_path / "broken"
+    shutil.copytree(built[0], broken)
+    break_it(broken)
+    assert validate.main(["--engine", str(broken / "engine.onnx"), *QUICK]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_flipped_weight_bit_is_found(built, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(built[0], broken)
+    shard = broken / "engine/model-00002-of-00004.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert validate.main(["--engine", str(broken / "engine.onnx"), *QUICK]) == 2
+    assert "model.layers.1" in capsys.readouterr().err
+
+
+def test_what_exists_is_not_overwritten(built, tiny_folder, capsys):
+    before = (built[0] / "engine.onnx").read_bytes()
+    assert export.main(["--model", str(tiny_folder), "--out", str(built[0] / "engine.onnx")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (built[0] / "engine.onnx").read_bytes() == before
+
+
+def test_a_plan_cannot_be_built_yet(tiny_folder, tmp_path, capsys):
+    assert export.main(["--model", str(tiny_folder), "--out", str(tmp_path / "engine.plan")]) == 3
+    assert "TensorRT" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compressed_model_is_not_compressed_again(built, tmp_path, capsys):
+    assert compress.main(["--model", str(built[0] / "engine"), "--out", str(tmp_path / "again")]) == 2
+    assert "compressed already" in capsys.readouterr().err
