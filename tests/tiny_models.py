@@ -46,20 +46,24 @@ class Lowered:
         return TorchEngine(load(self.folder, dtype=torch.float32))
 
 
-@cache
 def lowered(
     family: str, *, compressed: bool = True, dtype: torch.dtype = torch.float32, **overrides: object
 ) -> Lowered:
     """A model of 2 blocks, as a folder and as `engine.onnx` beside it."""
+    return _lowered(family, compressed, dtype, tuple(overrides.items()))
+
+
+@cache
+def _lowered(family: str, compressed: bool, dtype: torch.dtype, overrides: tuple[tuple[str, object], ...]) -> Lowered:
     place = tempfile.TemporaryDirectory(prefix="sslc-tiny-")
     atexit.register(place.cleanup)
-    folder = save_tiny(Path(place.name) / "dense", family, dtype, **{layers_key(family): 2, **dict(overrides)})
+    folder = save_tiny(Path(place.name) / "dense", family, dtype, **{_layers_key(family): 2, **dict(overrides)})
     if compressed:
         folder = compress_at_random(folder, Path(place.name) / "compressed", dtype)
     return Lowered(folder, lower(folder, Path(place.name) / "engine.onnx"))
 
 
-def layers_key(family: str) -> str:
+def _layers_key(family: str) -> str:
     return "n_layer" if family == "gpt2" else "num_hidden_layers"
 
 
