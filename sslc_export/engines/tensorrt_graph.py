@@ -159,9 +159,12 @@ def _position_values(graph: ir.Graph) -> set[ir.Value]:
     found: set[ir.Value] = set()
     for node in graph:
         flowing = [v for v in node.inputs if v is not None and v.dtype in _FLOATS and not v.is_initializer()]
-        made_of_integers = node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype not in _FLOATS
-        if made_of_integers or (flowing and all(v in found for v in flowing)):
-            found.update(v for v in node.outputs if v.dtype in _FLOATS)
+        if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype not in _FLOATS:
+            made_of_integers = node.attributes["to"].as_int() in _FLOATS
+        else:
+            made_of_integers = bool(flowing) and all(v in found for v in flowing)
+        if made_of_integers:  # the exporter does not know every value's type
+            found.update(v for v in node.outputs if v.dtype is None or v.dtype in _FLOATS)
     return found
 
 

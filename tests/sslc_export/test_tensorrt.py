@@ -36,7 +36,7 @@ class LowRankSparseLinear(OpRun):
 
     op_domain = "sslc"
 
-    def _run(self, X, S, U, V, bias, **a):  # noqa: N803
+    def _run(self, X, S, U, V, bias, **a):
         packed = PackedLayer(
             a["layout"], a["type"], a["values"] == "int8", a["out_features"], a["in_features"], a["rank"], a["slot"],
             S, U, V, bias,
@@ -181,13 +181,13 @@ def test_another_suffix_is_refused(plugin, tmp_path):
 def test_a_full_disk_is_said_before_any_work(plugin, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(InputError, match="(?i)space|disk"):
+    with pytest.raises(InputError, match=r"(?i)space|disk"):
         build(lowered("llama"), tmp_path / "e.plan", plugin)
 
 
 def test_a_missing_plugin_says_how_to_build_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SSLC_TRT_LIBRARY", str(tmp_path / "none.so"))
-    with pytest.raises(MissingError, match="SSLC_TRT_LIBRARY.*cmake"):
+    with pytest.raises(MissingError, match=r"SSLC_TRT_LIBRARY.*cmake"):
         library.library_path()
 
 
