@@ -116,11 +116,11 @@ def choose_layout(bitmap: NDArray[np.int32], in_features: int, *, int8: bool = F
     value = 1 if int8 else 2
     scales = 2 / SCALE_GROUP if int8 else 0
     density = stored / max(1, len(bitmap) * in_features)
-    candidates = {"any": (value * density + 0.16 + scales, 13.5)}
+    candidates = {"any": (value * density + 0.16 + scales, 15.8)}
     if most64 <= 32 and not int8:
-        candidates["bank32"] = (1.125 * _up(in_features, 256) / in_features, 20.0)
+        candidates["bank32"] = (1.125 * _up(in_features, 256) / in_features, 20.2)
     if most16 <= 8:
-        candidates["fixed8"] = (value / 2 + 0.125 + scales, 25.0)
+        candidates["fixed8"] = (value / 2 + 0.125 + scales, 24.7)
 
     def time(layout: str) -> float:
         size, rate = candidates[layout]

@@ -157,7 +157,11 @@ struct DecodeArgs {
 
 // Grid (row tiles, splits, slices of 8 * NT tokens), block 32 * kWarps. Slices of the same rows run side by side, so the
 // second and later ones find the weights in L2.
-template <class Layout, int NT> __global__ void __launch_bounds__(32 * Layout::kWarps) decode(DecodeArgs a) {
+//
+// 512 threads per multiprocessor is what its shared memory has room for anyway; saying so lets ptxas use up to 128
+// registers. Left alone, it aims at more threads and spills on sm_86 and sm_89.
+template <class Layout, int NT>
+__global__ void __launch_bounds__(32 * Layout::kWarps, 512 / (32 * Layout::kWarps)) decode(DecodeArgs a) {
   constexpr int T = Layout::kType, W = Layout::kWarps, kThreads = 32 * W, kColumns = Layout::kColumns;
   SSLC_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
