@@ -52,7 +52,7 @@ class BuildReport:
         path: The .plan file.
         runtime: "tensorrt_rtx" or "tensorrt", and its version.
         version: The runtime's version.
-        targets: GPU architectures, ("sm_86", ...), or ("current",).
+        targets: GPU architectures, ("sm_86", ...), or ("default",).
         plugin: SHA-256 of the plugin library that is inside the plan, or None if no layer needs it.
         layers: The layers that run in the plugin.
         shapes: What the engine takes.
@@ -90,7 +90,8 @@ def build(
     Args:
         model: The .onnx file that `sslc_export.lowering` wrote.
         out: The .plan file to write.
-        targets: GPU architectures such as "sm_86". Empty: the GPU of this machine.
+        targets: GPU architectures such as "sm_86". Empty: what the library does by default; mainline TensorRT builds
+            for the GPU of this machine.
         type: "f16" or "bf16".
         shapes: What the engine must take.
         plugin: The plugin library; None for the installed one.
@@ -142,7 +143,7 @@ def build(
         path=out,
         runtime=trt.__name__,
         version=trt.__version__,
-        targets=targets or ("current",),
+        targets=targets or ("default",),
         plugin=sha256(plugin) if layers else None,
         layers=layers,
         shapes=shapes,

@@ -257,3 +257,14 @@ def test_without_tensorrt_the_way_to_install_it_is_said(monkeypatch):
     monkeypatch.setattr(tensorrt_builder, "_MODULES", ("no_such_tensorrt",))
     with pytest.raises(MissingError, match="pip install tensorrt-rtx-cu13"):
         tensorrt_builder.tensorrt()
+
+
+def test_running_a_plan_without_a_gpu_says_that_it_was_built_only(tmp_path, monkeypatch):
+    import torch
+
+    from sslc_export.engines.tensorrt_runtime import TensorRTEngine
+
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingError, match="cannot be executed here: no CUDA device"):
+        TensorRTEngine(tmp_path / "engine.plan")
