@@ -23,8 +23,8 @@ your Triton does not know it, load the library beside this file instead:
 
     tritonserver --model-repository=. --backend-config=tensorrt,plugins={plugin}
 
-Triton's TensorRT backend reads plans of mainline TensorRT, of its own version, built for its GPU. A plan of TensorRT-RTX
-needs a server with that library. To look at a plan without Triton:
+Triton's TensorRT backend reads plans of mainline TensorRT, of its own version, built for its GPU. A plan of
+TensorRT-RTX needs a server with that library. To look at a plan without Triton:
 
     trtexec --loadEngine={name}/1/model.plan --versionCompatible \\
         --shapes=input_ids:1x1,position_ids:1x1,attention_mask:1x129,{past}
@@ -64,6 +64,8 @@ def _configuration(name: str, graph: onnx.GraphProto, type: str) -> str:
         entries = []
         for value in values:
             cache = value.name.startswith(("past_key_values.", "present."))
+            half = "TYPE_FP16" if type == "f16" else "TYPE_BF16"
+            element = half if cache else _TYPES[value.type.tensor_type.elem_type]
             sizes = [d.dim_value or -1 for d in value.type.tensor_type.shape.dim]
             entries.append(f'  {{ name: "{value.name}" data_type: {element} dims: {sizes} }}')
         return f"{kind} [\n" + ",\n".join(entries) + "\n]\n"
