@@ -159,7 +159,9 @@ def _run_builder(folder: Path, module: str) -> bool:
 
     Some containers forbid to switch address randomisation off. The engine is as good without, but its bytes differ.
     """
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "SSLC_TENSORRT": module, "PYTHONPATH": str(_ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "SSLC_TENSORRT": module}
+    # One arena: with several, it depends on timing which thread's objects lie where.
+    environment |= {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "sslc_export.engines.tensorrt_builder"]
     with _no_address_randomisation() as steady:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
