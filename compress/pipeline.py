@@ -7,6 +7,7 @@ the calibration sequences, however many blocks there are.
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from compress.report import CompressReport, LayerReport
 from compress.shards import read_header, read_tensor, write_shard
 from compress.solve import compress_block
 from compress.source import Source, assign
-from compress.work import Work, source_hash
+from compress.work import ALGORITHM_VERSION, Work, source_hash
 from sslc_common.errors import InputError
 from sslc_common.files import remove, require_space, writing
 
@@ -46,11 +47,12 @@ def compress_model(
     """Compresses the linear layers of a model's decoder blocks and writes a checkpoint (docs/format.md).
 
     Work goes to `OUT.partial`, which stays if it is interrupted; calling again with the same source, text and options
-    continues after the last finished block and gives the same bytes. OUT appears when all is done.
+    continues after the last finished block and gives the same bytes. OUT appears when all is done; if it is there
+    already, made from the same source, text and options, nothing is left to do.
 
     Args:
         source: Dense Hugging Face folder of a supported architecture, with safetensors.
-        out: Folder to write. Must not exist or be empty, unless `options.overwrite`.
+        out: Folder to write. Must not hold anything else, unless `options.overwrite`.
         options: What to do.
         tokens: int64 [n, L], calibration sequences instead of `options.calibration`.
         progress: Wraps the loops over weights to check and over blocks.
@@ -64,19 +66,22 @@ def compress_model(
     """
     began = time.perf_counter()
     source, out = Path(source), Path(out)
-    _require_free(source, out, options.overwrite)
     dense = Source.open(source)
     plans = plan_model(dense, options)
     tokens = _calibration_tokens(dense, options, tokens)
-    dense.verify(progress)
     solving = 0
     if tokens is not None:
         tokens, solving = hold_out(tokens)
     identity: dict[str, Any] = {
+        "algorithm": ALGORITHM_VERSION,
         "source": source_hash(dense.checkpoint),
         "calibration": None if tokens is None else fingerprint(tokens),
         "options": options.what_decides(),
     }
+    if not options.overwrite and (done := _done_before(out, identity)):
+        return done
+    _require_free(source, out, options.overwrite)
+    dense.verify(progress)
     with writing(out), torch.no_grad():
         work = Work.begin(out, identity, options.overwrite)
         resumed = len(work.finished)
@@ -105,6 +110,23 @@ def compress_model(
         write_json(work.folder / REPORT, report.to_json())
         work.publish(out)
     return report
+
+
+def _done_before(out: Path, identity: dict[str, Any]) -> CompressReport | None:
+    """The report of an output that the same source, text and options made before."""
+    try:
+        config = json.loads((out / "config.json").read_bytes())["quantization_config"]
+        report = json.loads((out / REPORT).read_bytes())
+    except (OSError, ValueError, KeyError):
+        return None
+    wanted = json.loads(json.dumps(_decided_by(identity)))
+    same = isinstance(config, dict) and all(key in config and config[key] == value for key, value in wanted.items())
+    return CompressReport.from_json(report) if same else None
+
+
+def _decided_by(identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides the result, as config.json has it."""
+    return {**identity["options"], **{key: value for key, value in identity.items() if key != "options"}}
 
 
 def _require_free(source: Path, out: Path, overwrite: bool) -> None:
@@ -208,9 +230,7 @@ def _shards(source: Source) -> list[str]:
 def _compression_config(rows: list[LayerReport], identity: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the compression; nothing in it changes from run to run."""
     return {
-        **identity["options"],
-        "source": identity["source"],
-        "calibration": identity["calibration"],
+        **_decided_by(identity),
         "layers": {
             row.name: {"N": row.N, "K": row.K, "rank": row.rank, "nnz": row.nnz, "density": round(row.density, 6)}
             for row in rows

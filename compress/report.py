@@ -100,3 +100,11 @@ class CompressReport:
         totals = {key: getattr(self, key) for key in ("bytes", "dense_bytes", "budget_in_bytes", "budget_in_params")}
         rows = [asdict(layer) | {"density": layer.density} for layer in self.layers]
         return asdict(self) | totals | {"layers": rows}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> CompressReport:
+        """The inverse of `to_json`."""
+        fields = {name: content[name] for name in cls.__dataclass_fields__}
+        names = LayerReport.__dataclass_fields__
+        layers = tuple(LayerReport(**{name: row[name] for name in names}) for row in content["layers"])
+        return cls(**fields | {"layers": layers})

@@ -45,7 +45,7 @@ class Work:
         Raises:
             InputError: work is there that was begun with something else, and `overwrite` is off.
         """
-        work = cls(partial_folder(out), {"algorithm": ALGORITHM_VERSION, **identity})
+        work = cls(partial_folder(out), identity)
         manifest = work.folder / MANIFEST
         if manifest.is_file():
             content = json.loads(manifest.read_bytes())

@@ -62,19 +62,16 @@ def op_calls() -> int:
     return int(load().sslc_op_calls())
 
 
-def read_bandwidth(data: ctypes.c_void_p, size: int, threads: int, repeats: int = 5) -> float:
-    """Bytes per second that `threads` threads read from memory, the best of some passes.
+def read_memory(address: int, size: int, threads: int) -> None:
+    """Reads `size` bytes once; timing it gives the machine's read bandwidth.
 
     Args:
-        data: Address of memory that has been written; much larger than the caches.
-        size: Bytes to read.
-        threads: How many threads share the reading.
-        repeats: Passes; the fastest counts.
+        address: Where the memory starts. It has been written before, or it is one page of zeros.
+        size: In bytes; much larger than the caches.
+        threads: How many threads share the reading; one is the caller.
     """
-    seconds = load().sslc_read_seconds(data, size, threads, repeats)
-    if seconds <= 0:
-        raise RuntimeError(f"sslc_read_seconds failed: {last_error(load())}")
-    return float(size / seconds)
+    if load().sslc_read(ctypes.c_void_p(address), size, threads) != 0:
+        raise RuntimeError(last_error(load()))
 
 
 def load() -> ctypes.CDLL:
@@ -131,7 +128,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "sslc_layer_create": (pointer, [number, *[integer] * 3, pointer, pointer, integer, *[pointer] * 3]),
         "sslc_layer_destroy": (None, [pointer]),
         "sslc_layer_forward": (number, [pointer, pointer, integer, pointer, number]),
-        "sslc_read_seconds": (ctypes.c_double, [pointer, integer, number, number]),
+        "sslc_read": (number, [pointer, integer, number]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

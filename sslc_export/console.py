@@ -55,14 +55,22 @@ def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[
 def stage(name: str) -> Iterator[None]:
     """Announces a step of the pipeline, and how long it took."""
     start = time.monotonic()
-    _stderr.print(f"[bold]{name}[/bold] …")
+    _stderr.print(f"[bold]{name}[/bold] …", soft_wrap=True)
     yield
-    _stderr.print(f"[bold]{name}[/bold]: done in {time.monotonic() - start:.0f} s")
+    _stderr.print(f"[bold]{name}[/bold]: done in {time.monotonic() - start:.0f} s", soft_wrap=True)
+
+
+def quiet_transformers() -> None:
+    """Silences transformers' own bars and warnings, which would mix with ours; its errors stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def note(text: str) -> None:
     """One line for the person who watches."""
-    _stderr.print(text, markup=False)
+    _stderr.print(text, markup=False, soft_wrap=True)
 
 
 def compression(report: CompressReport) -> None:

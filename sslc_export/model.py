@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sslc_common.errors import InputError
 from sslc_common.files import atomic_path, require_space, sha256
+from sslc_export import console
 from sslc_export.cache import cache_folder
 
 # Bytes of float32 over bytes of the smallest usual GGUF type: what a converted model may take on disk.
@@ -77,9 +78,8 @@ def _convert_gguf(path: Path) -> Path:
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    console.quiet_transformers()
     location, name = str(path.parent), path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, gguf_file=name)
@@ -91,8 +91,6 @@ def _convert_gguf(path: Path) -> Path:
             allowed="a whole .gguf file of an architecture that transformers can load",
             do="Fetch the file again, or pass the Hugging Face folder that it was made from",
         ) from error
-    finally:
-        logging.enable_progress_bar()
     # transformers still takes the model for a quantized one and would refuse to save it.
     model.config.__dict__.pop("quantization_config", None)
     model.__dict__.update(hf_quantizer=None, is_quantized=False)

@@ -119,6 +119,7 @@ def _compress(source: Path, out: Path, recipe: CompressRecipe) -> CompressReport
     from compress.options import CompressOptions
     from compress.pipeline import compress_model
 
+    console.quiet_transformers()
     fields = recipe.model_dump(include=set(CompressRecipe.model_fields))
     fields["calibration"] = tuple(fields["calibration"]) or (str(DATA / "calibration.txt"),)
     fields["exclude"] = tuple(fields["exclude"])
@@ -142,6 +143,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     from validate.limits import load_limits
     from validate.run import Options, validate
 
+    console.quiet_transformers()
     limits = load_limits(Path(recipe.limits) if recipe.limits else None, recipe.model_dump(include=set(_LIMITS)))
     record = read_record(path)
     checkpoint = path.parent / record["checkpoint"]

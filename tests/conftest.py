@@ -1,10 +1,14 @@
 """A tiny random model with a tokenizer, and text: what the commands need to run from end to end."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.compress.models import save_tiny
+
+# Tiny matrices gain nothing from threads, and on a busy machine threads that wait for each other cost seconds.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

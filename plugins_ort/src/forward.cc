@@ -117,7 +117,9 @@ void PreparedLayer::forward(const float* x, int64_t M, float* y, const Parallel&
 void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const {
   const TypeKernels& kernels = of_type();
   const int64_t Kp = layer_.words * kBlock, rp = round_up(layer_.r, kBlock);
-  const bool in_place = M == 1 && kernels.natural_order && layer_.K == Kp;
+  // Vectors that cross cache lines cost more than the copy.
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % 64 == 0;
+  const bool in_place = M == 1 && kernels.natural_order && layer_.K == Kp && aligned;
   float* t = scratch.at_least(M * (rp + Kp));
   std::memset(t, 0, static_cast<size_t>(M * rp) * sizeof(float));
   if (!in_place) {

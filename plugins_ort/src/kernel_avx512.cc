@@ -47,6 +47,8 @@ struct F32 {
     w[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
   }
   static Vec broadcast(const uint8_t* p) { return _mm512_set1_ps(load_f32(p)); }
+  // At M = 1 memory is the limit, and fewer streams use it better.
+  static constexpr int rows(int M) { return M == 1 ? 2 : 4; }
 };
 
 // 32 values become two vectors: the even columns (low halves, shifted up) and the odd ones (high halves, masked).
@@ -73,11 +75,11 @@ struct Bf16 {
     __builtin_memcpy(&bits, p, 2);
     return odd(_mm512_set1_epi16(bits));
   }
+  static constexpr int rows(int) { return 4; }
 };
 
-// 32 registers: few_rows(M) * M sums and a weight vector per row; twice kTileColumns / 16 sums and two weights.
+// 32 registers: rows(M) * M sums and a weight vector per row; twice kTileColumns / 16 sums and two weights.
 constexpr int kFewGroup = 6;
-constexpr int few_rows(int) { return 4; }
 constexpr int kTileColumns = 128;
 constexpr int kChains = 2;
 

@@ -88,13 +88,13 @@ struct Type {
     const float value = value_at<Size>(p);
     return Vec{value, value, value, value};
   }
+  static constexpr int rows(int) { return 1; }
 };
 
 using F32 = Type<4>;
 using Bf16 = Type<2>;
 
 constexpr int kFewGroup = 4;
-constexpr int few_rows(int) { return 1; }
 constexpr int kTileColumns = 32;
 constexpr int kChains = 1;
 

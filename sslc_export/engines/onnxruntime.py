@@ -40,8 +40,8 @@ class OnnxRuntimeEngine:
     Args:
         path: The .onnx file, its weights beside it.
         threads: None for one per physical core that this process may use.
-        library: "auto" for the installed kernel library, or the operator's ONNX body if there is none; "none" for the
-            body; or the library's path.
+        library: "auto" for the installed kernel library (plugins_ort.library says where it is looked for), or the
+            operator's ONNX body if there is none; "none" for the body.
         name: How reports call it; None for the file's name.
 
     Attributes:
@@ -57,7 +57,6 @@ class OnnxRuntimeEngine:
 
     Raises:
         InputError: there is no such file, it is damaged or not ours, or its weights are missing or cut off.
-        MissingError: `library` is a path, and there is no usable library.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class OnnxRuntimeEngine:
         path: Path | str,
         *,
         threads: int | None = None,
-        library: Literal["auto", "none"] | Path = "auto",
+        library: Literal["auto", "none"] = "auto",
         name: str | None = None,
     ) -> None:
         path = Path(path)
@@ -132,17 +131,10 @@ def _session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def _choose_kernel(library: Literal["auto", "none"] | Path) -> tuple[str, str | None, Path | None]:
+def _choose_kernel(library: Literal["auto", "none"]) -> tuple[str, str | None, Path | None]:
     """(what runs the compressed layers, why it is the ONNX body, the library to load)."""
     if library == "none":
         return "function", "the kernel library was switched off", None
-    if library != "auto":
-        file = Path(library)
-        if not file.is_file():
-            raise MissingError(
-                f"There is no kernel library {file}", do="Correct the path, or leave it out for the installed one"
-            )
-        return plugin.kernel_name(), None, file
     try:
         file = plugin.library_path()
     except MissingError as error:

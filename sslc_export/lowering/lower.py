@@ -85,7 +85,7 @@ def lower(
     _describe(model, checkpoint, dense_layers)
 
     files = {ref.file for ref in checkpoint.tensors.values()}
-    with atomic_path(out) as temporary, placed(files, out, progress) as locations:
+    with placed(files, out, progress) as locations, atomic_path(out) as temporary:
         attach(model, checkpoint, out.parent, locations)
         temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         onnx.checker.check_model(temporary, full_check=True)

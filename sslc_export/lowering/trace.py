@@ -17,17 +17,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from compress.architectures import skeleton
 from compress.format import Checkpoint
 from compress.hf import replace_linears
 from sslc_common.errors import InputError
 from sslc_export.lowering import names, op
+from sslc_export.lowering.exportable import ATTENTION, WRAPPED, FlatCache
 
-_ATTENTION = "sslc_onnx"  # our entry in transformers' tables of attention implementations
-_WRAPPED = "wrapped"
 _FETCH_AGAIN = "Copy or download the whole folder again, or compress the model again"
 
 
@@ -40,7 +38,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     model = skeleton(checkpoint.folder)
     replace_linears(model, checkpoint)
     model.tie_weights()
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(ATTENTION)
     return model.eval()
 
 
@@ -66,7 +64,7 @@ def trace(model: PreTrainedModel, checkpoint: Checkpoint) -> ir.Model:
         inputs, dynamic_shapes = _example(model, layers)
         try:
             program = torch.onnx.export(
-                _FlatCache(model).eval(),
+                FlatCache(model).eval(),
                 inputs,
                 dynamo=True,
                 optimize=False,
@@ -89,58 +87,6 @@ def trace(model: PreTrainedModel, checkpoint: Checkpoint) -> ir.Model:
     _share_zero_biases(program.model)
     _name_dimensions(program.model)
     return program.model
-
-
-class _FlatCache(nn.Module):
-    """A model whose cache goes in and out as plain tensors: the exporter does not take a Cache object."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.add_module(_WRAPPED, model)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
-    ) -> tuple[Tensor, ...]:
-        # Without a config every layer of the cache keeps all tokens; the mask alone makes a window slide.
-        cache = DynamicCache()
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        logits = self.get_submodule(_WRAPPED)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        return logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))  # type: ignore
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """ONNX `Attention`, which shares key and value heads between query heads by itself."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # One output only: TensorRT refuses the node when its cache outputs are used.
-    output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scale)[0]
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _mask(attention_mask: Tensor, **kwargs: Any) -> Tensor:
-    """Who sees whom, bool [batch, 1, sequence, total]: causal, inside the window, and not padding."""
-    # Padding is applied here because transformers looks it up entry by entry (GatherND) rather than by broadcasting.
-    pattern = sdpa_mask(**{**kwargs, "attention_mask": None, "allow_is_causal_skip": False})
-    assert pattern is not None
-    return pattern & attention_mask[:, None, None, :]
-
-
-AttentionInterface.register(_ATTENTION, _attention)
-AttentionMaskInterface.register(_ATTENTION, _mask)
 
 
 def _translate(x: Any, bitmap: Any, values: Any, U: Any, V: Any, bias: Any = None) -> Any:
@@ -219,7 +165,7 @@ def _tensor_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, s
 def _weights_to_inputs(model: ir.Model, stored: dict[str, str]) -> None:
     graph = model.graph
     for value in list(graph.initializers.values()):
-        name = stored.get(str(value.name).removeprefix(f"{_WRAPPED}."))
+        name = stored.get(str(value.name).removeprefix(f"{WRAPPED}."))
         if name is None:  # a buffer that is computed from the config, such as the rotary frequencies: real already
             continue
         del graph.initializers[value.name]  # type: ignore[arg-type]

@@ -62,16 +62,17 @@ def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tok
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_run_one_by_one_are_the_model(tmp_path, tokens, family):
-    """With dense weights, the block-by-block forward gives the hidden states of the whole model."""
-    folder = save_tiny(tmp_path / "source", family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_run_one_by_one_are_the_model(tmp_path, tokens, family, dtype):
+    """With dense weights, the block-by-block forward gives the hidden states of the whole model in float32."""
+    folder = save_tiny(tmp_path / "source", family, dtype)
     source = Source.open(folder)
     with torch.no_grad():
         hidden, calls = embed(source, tokens, tmp_path / "spill")
         for name, call in zip(source.blocks, calls, strict=True):
             source.load_block(name)
             pipeline.run(source.model.get_submodule(name), call, hidden)
-    model, seen = AutoModelForCausalLM.from_pretrained(folder), []
+    model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
     model.get_submodule(source.blocks[-1]).register_forward_hook(lambda _, __, y: seen.append(y))
     logits(model, tokens)
     assert torch.equal(hidden, seen[0])
@@ -352,11 +353,20 @@ def test_an_output_that_is_there_is_not_touched_unless_told(tmp_path, tiny_llama
     compress_model(tiny_llama, out, CompressOptions(method="magnitude"))
     (out / "mine").touch()
     with pytest.raises(InputError, match="exists already"):
-        compress_model(tiny_llama, out, CompressOptions(method="magnitude"))
+        compress_model(tiny_llama, out, CompressOptions(method="magnitude", budget=0.4))
     assert (out / "mine").exists()
     compress_model(tiny_llama, out, CompressOptions(method="magnitude", overwrite=True))
     assert not (out / "mine").exists()
     compress.load(out)
+
+
+def test_what_was_done_before_is_not_done_again(tmp_path, tiny_llama, tokens, monkeypatch):
+    options = CompressOptions(exclude=("*.q_proj",), **HALF)
+    report = compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
+    monkeypatch.setattr(pipeline, "_compress_blocks", None)  # may not be called
+    assert compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens) == report
+    with pytest.raises(InputError, match="exists already"):
+        compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens.flip(1))
 
 
 def test_the_source_is_never_overwritten(tiny_llama):

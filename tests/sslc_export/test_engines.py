@@ -53,6 +53,7 @@ def logits_of(engine, calls):
         logits, cache = engine.run(ids, mask, cache)
         assert logits.shape == (*ids.shape, engine.vocab_size)
         assert logits.dtype == np.float32
+        assert np.isfinite(logits).all()  # of padding too: a NaN there would spread through the cache
         valid.append(logits if mask is None else logits[mask[:, -ids.shape[1] :].astype(bool)])
     return np.concatenate([part.reshape(-1, engine.vocab_size) for part in valid])
 
@@ -204,11 +205,6 @@ def test_a_missing_library_means_the_onnx_body_and_is_told(monkeypatch):
     engine = OnnxRuntimeEngine(lowered("llama").path)
     assert (engine.kernel, engine.kernel_layers) == ("function", 0)
     assert engine.fallback_reason == "The native library is not there. Build it."
-
-
-def test_a_library_that_is_asked_for_must_exist(tmp_path):
-    with pytest.raises(MissingError, match=r"no\.so"):
-        OnnxRuntimeEngine(lowered("llama").path, library=tmp_path / "no.so")
 
 
 def test_s_is_decoded_on_every_run_where_memory_is_short(monkeypatch):
