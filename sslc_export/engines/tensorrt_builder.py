@@ -56,6 +56,7 @@ def build_plan(job: dict[str, Any], model: Path) -> memoryview:
     plugin = library.register(trt, Path(job["plugin"]))
     log = _logger(trt)
     builder = trt.Builder(log)
+    builder.max_threads = 1  # threads would race for addresses
     strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only kind since TensorRT 11
     network = builder.create_network(0 if strong is None else 1 << int(strong))
     parser = trt.OnnxParser(network, log)
@@ -187,6 +188,8 @@ def _logger(trt: ModuleType) -> Any:
 def main() -> None:
     """Builds what `job.json` in the current folder says; writes `engine.plan` or `error.json` there."""
     job = json.loads(Path("job.json").read_bytes())
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one processor: TensorRT starts fewer threads
     try:
         plan = build_plan(job, Path("model.onnx"))
         with Path("engine.plan").open("wb") as file:
