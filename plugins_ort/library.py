@@ -113,7 +113,12 @@ def _load(path: Path) -> ctypes.CDLL:
             allowed=expected,
             do=_BUILD[0].upper() + _BUILD[1:],
         )
-    _declare(library)
+    try:
+        _declare(library)
+    except AttributeError as error:  # in a checkout, the version may be the same and the source newer
+        raise MissingError(
+            f"The native library {path} is older than this package", got=error, do=_BUILD[0].upper() + _BUILD[1:]
+        ) from error
     return library
 
 

@@ -5,10 +5,10 @@
     python scripts/bench_layer.py --m 1 16 128 --threads 2 --values f32 bf16 --kernels avx512 avx2 --json out.json
 
 How it measures: each session holds several copies of its layer with different weights (the runtime shares equal ones),
-together larger than any cache, and one timed run goes through all of them; the engines take turns, so that a slow
-moment hits both; the ratio is the median over the turns of dense time / our time. With one thread, the time is the CPU
-time of that thread, so that waiting for other processes does not count; with more it is wall time. The dense layer has
-no bias, ours has. Read bandwidth is measured between the turns by a loop that only reads; the best pass counts.
+together larger than any cache, and one timed run goes through all of them; the engines take turns in random order, so
+that a slow moment hits both; the ratio is the median over the turns of dense time / our time. With one thread, the time
+is the CPU time of that thread, so that waiting for other processes does not count; with more it is wall time. The dense
+layer has no bias, ours has. Read bandwidth is measured among the turns by a loop that only reads; the best pass counts.
 """
 
 from __future__ import annotations
@@ -212,12 +212,16 @@ def measure(
         engine.seconds(clock)
     times = np.empty((repeats, len(ready)))
     bandwidth = 0.0
+    order = np.random.default_rng(0)
     for turn in range(repeats):
-        for i, engine in enumerate(ready):
-            times[turn, i] = engine.seconds(clock)
-        start = clock()
-        library.read_memory(area.ctypes.data, area.nbytes, threads)
-        bandwidth = max(bandwidth, area.nbytes / (clock() - start))
+        # In random order: whoever comes after another finds the caches as that one left them.
+        for i in order.permutation(len(ready) + 1):
+            if i < len(ready):
+                times[turn, i] = ready[i].seconds(clock)
+                continue
+            start = clock()
+            library.read_memory(area.ctypes.data, area.nbytes, threads)
+            bandwidth = max(bandwidth, area.nbytes / (clock() - start))
     return [
         Record(
             **{key: getattr(engine, key) for key in ("engine", "values", "kernel", "bytes")},

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from sslc_common.errors import InputError
 
-
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -62,6 +63,7 @@ def stage(name: str) -> Iterator[None]:
 
 def quiet_transformers() -> None:
     """Silences transformers' own bars and warnings, which would mix with ours; its errors stay."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the GGUF reader has a bar of its own
     from transformers.utils import logging
 
     logging.disable_progress_bar()

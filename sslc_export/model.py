@@ -76,10 +76,10 @@ def _convert_gguf(path: Path) -> Path:
         return folder
     require_space(folder, _GGUF_EXPANSION * path.stat().st_size)
 
+    console.quiet_transformers()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    console.quiet_transformers()
     location, name = str(path.parent), path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, gguf_file=name)

@@ -38,14 +38,16 @@ def export(recipe: ExportRecipe) -> int:
         InputError: bad input.
         MissingError: the engine's backend is not here.
     """
-    from sslc_export.lowering.lower import lower
-    from sslc_export.record import write_record
-
     out = Path(recipe.out)
     require_onnx(out)
     if out.exists() and not recipe.overwrite:
         raise InputError(f"{out} exists already", do="Choose another --out, or pass --overwrite")
-    checkpoint, dense = _compressed(recipe, out)
+    source = resolve(recipe.model)
+    # Only now what takes seconds to import: a wrong path is answered at once.
+    from sslc_export.lowering.lower import lower
+    from sslc_export.record import write_record
+
+    checkpoint, dense = _compressed(source, recipe, out)
     with console.stage(f"lower {checkpoint} to {out}"):
         lowered = lower(checkpoint, out, console.progress)
     write_record(out, checkpoint, lowered, recipe)
@@ -58,9 +60,9 @@ def export(recipe: ExportRecipe) -> int:
 
 def compress_only(recipe: CompressCommand) -> int:
     """Compresses a model; returns the exit code."""
+    source = resolve(recipe.model)
     from compress.format import Checkpoint
 
-    source = resolve(recipe.model)
     if Checkpoint.open(source).layers:
         raise InputError(f"{recipe.model} is compressed already", do="Start from the dense model")
     _compress(source, Path(recipe.out), recipe)
@@ -93,14 +95,13 @@ def require_onnx(engine: Path) -> None:
         )
 
 
-def _compressed(recipe: ExportRecipe, out: Path) -> tuple[Path, Path | None]:
+def _compressed(source: Path, recipe: ExportRecipe, out: Path) -> tuple[Path, Path | None]:
     """The compressed folder to lower, below the engine's folder, and the dense folder if there is one.
 
     It is made now if `--model` is dense, and copied if it lies elsewhere: engine and weights move together.
     """
     from compress.format import Checkpoint
 
-    source = resolve(recipe.model)
     dense = resolve(recipe.reference) if recipe.reference else None
     checkpoint = out.with_suffix("")
     if not Checkpoint.open(source).layers:
@@ -136,6 +137,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
 
     import compress
     from compress.calibration import read_tokens
+    from compress.layer import keep_decoded
     from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
     from sslc_export.engines.pytorch import TorchEngine
     from sslc_export.lowering.lower import lower
@@ -163,17 +165,20 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
             with console.stage(f"lower {dense} for comparison"):
                 twin = lower(dense, Path(folder) / "dense.onnx", console.progress)
         with console.stage("validate"):
+            model = compress.load(checkpoint, dtype=torch.float32)  # first: it verifies every tensor
+            keep_decoded(model)
+            sizes = ledger(record, path, twin, recipe.threads)
             engine = OnnxRuntimeEngine(path, threads=recipe.threads, name="compressed")
             if engine.fallback_reason:
                 console.note(f"the kernel does not run: {engine.fallback_reason}")
             return validate(
                 engine,
                 dense=OnnxRuntimeEngine(twin.path, threads=recipe.threads, name="dense") if twin else None,
-                reference=TorchEngine(compress.load(checkpoint, dtype=torch.float32)),
+                reference=TorchEngine(model),
                 held_out=np.asarray(held_out),
                 limits=limits,
                 options=Options(latency=latency),
-                sizes=ledger(record, path, twin),
+                sizes=sizes,
                 record=engine_record(record, engine, path),
                 layers=layer_records(checkpoint),
                 progress=console.progress,

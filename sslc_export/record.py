@@ -110,8 +110,9 @@ def layer_records(checkpoint: Path) -> list[LayerRecord]:
     return [LayerRecord(**{name: row[name] for name in names}) for row in rows]
 
 
-def ledger(record: dict[str, Any], engine: Path, twin: LoweringReport | None) -> SizeLedger:
-    """Engine, checkpoint and layer bytes, beside those of the dense twin."""
+def ledger(record: dict[str, Any], engine: Path, twin: LoweringReport | None, threads: int | None) -> SizeLedger:
+    """Engine, checkpoint, layer and memory bytes, beside those of the dense twin."""
+    from sslc_export.engines.memory import resident_bytes
     from validate.size import Bytes, SizeLedger, file_bytes
 
     files = [engine.parent / name for name in record["files"]]
@@ -122,6 +123,7 @@ def ledger(record: dict[str, Any], engine: Path, twin: LoweringReport | None) ->
         checkpoint=Bytes(
             file_bytes(twin.external_files) if twin else None, file_bytes(f for f in files if f != engine)
         ),
+        memory=Bytes(resident_bytes(twin.path, threads) if twin else None, resident_bytes(engine, threads)),
     )
 
 

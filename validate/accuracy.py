@@ -75,7 +75,7 @@ def perplexity(engine: Engine, chunks: np.ndarray, *, batch: int = 1, progress: 
 
     Args:
         engine: What predicts.
-        chunks: Token ids [n, L], L ≥ 2; `validate.tokens.cut` makes them.
+        chunks: Token ids [n, L], L ≥ 2.
         batch: Chunks of one forward pass.
         progress: Wraps the loop over batches.
 

@@ -1,40 +1,10 @@
-"""Token ids as the validator takes them: checked against the model, cut into chunks."""
+"""Token ids and logits as the validator takes them: checked against the model."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from sslc_common.errors import InputError
-
-
-def cut(tokens: np.ndarray, length: int, max_chunks: int | None = None) -> np.ndarray:
-    """Cuts a text into chunks of equal length, one after the other; what is left over at the end is dropped.
-
-    Args:
-        tokens: Token ids [T].
-        length: Tokens of a chunk, at least 2 (the first one is only context).
-        max_chunks: Take no more than the first so many.
-
-    Returns:
-        int64 [n, length].
-
-    Raises:
-        InputError: the text is empty or shorter than one chunk.
-    """
-    if length < 2:
-        raise InputError("A chunk of text is too short to predict anything in", got=length, allowed="2 tokens or more")
-    tokens = np.asarray(tokens)
-    count = len(tokens) // length
-    if count == 0:
-        raise InputError(
-            "The held-out text is " + ("too short" if len(tokens) else "empty"),
-            got=f"{len(tokens)} tokens",
-            allowed=f"at least {length} tokens, one chunk",
-            do="Give more text or a smaller chunk length",
-        )
-    if max_chunks is not None:
-        count = min(count, max_chunks)
-    return tokens[: count * length].reshape(count, length).astype(np.int64)
 
 
 def check_token_ids(ids: np.ndarray, vocab_size: int, what: str, min_length: int = 1) -> np.ndarray:

@@ -1,5 +1,5 @@
-// C entries for plugins_ort/library.py, the tests and the benchmarks. No exception leaves them; a function that can fail
-// says why in sslc_last_error() of the same thread.
+// C entries for plugins_ort/library.py, the tests and the benchmarks. No exception leaves them; a function that can
+// fail says why in sslc_last_error() of the same thread.
 #include <atomic>
 #include <exception>
 #include <memory>

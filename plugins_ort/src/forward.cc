@@ -52,11 +52,12 @@ void for_ranges(const Parallel& parallel, int64_t count, int64_t piece, const Bo
       static_cast<size_t>(pieces), &task);
 }
 
-// Rows per task: enough tasks that a slow thread does not hold up the others, each large enough (64 KiB of weights, or
-// as much work) that handing it out costs nothing. A multiple of 16, so that threads do not write to one cache line.
+// Rows per task when the weights are streamed. At least 128 KiB of weights per task: shorter streams do not reach the
+// bandwidth of memory (measured). A power of two of tasks, up to 64, divides well among the usual numbers of threads.
 int64_t rows_per_task(int64_t rows, double bytes_per_row) {
-  const double tasks = std::clamp(static_cast<double>(rows) * bytes_per_row / 65536, 1.0, 64.0);
-  return round_up(std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) / tasks)), 16);
+  int64_t tasks = 1;
+  while (tasks < 64 && static_cast<double>(rows) * bytes_per_row > static_cast<double>(tasks) * 2 * 131072) tasks *= 2;
+  return std::max<int64_t>(round_up((rows + tasks - 1) / tasks, 4), 4);
 }
 
 std::string text(int64_t number) { return std::to_string(number); }
@@ -71,6 +72,10 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
   layer_ = weights;
   kernels_ = kernels;
   Layer& layer = layer_;
+  if (layer.N < 1 || layer.K < 1) {
+    *error = "the layer has " + text(layer.N) + " outputs and " + text(layer.K) + " inputs; neither may be 0";
+    return false;
+  }
   row_start_.resize(static_cast<size_t>(layer.N + 1));
   const int last_columns = static_cast<int>(layer.K - (layer.words - 1) * kBlock);
   const uint64_t padding = last_columns == 64 ? 0 : ~uint64_t{0} << last_columns;
@@ -94,8 +99,7 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
   // Rows whose last vector load could leave the tensor are read from a copy with room behind it.
   const int64_t size = size_of(layer.dtype);
   layer.tail_row = layer.N;
-  while (layer.tail_row > 0 &&
-         row_start_[static_cast<size_t>(layer.tail_row)] * size + kOverread > value_count * size)
+  while (layer.tail_row > 0 && row_start_[static_cast<size_t>(layer.tail_row)] * size + kOverread > value_count * size)
     --layer.tail_row;
   const int64_t tail_start = row_start_[static_cast<size_t>(layer.tail_row)];
   const int64_t tail_bytes = (value_count - tail_start) * size;
@@ -129,9 +133,8 @@ void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Paral
   }
   const double size = static_cast<double>(size_of(layer_.dtype)), K = static_cast<double>(layer_.K);
   const double stored = static_cast<double>(row_start_.back()) / static_cast<double>(layer_.N);
-  for_ranges(parallel, layer_.r, rows_per_task(layer_.r, K * size), [&](int64_t begin, int64_t end) {
-    kernels.project_few(layer_, begin, end, x, M, t);
-  });
+  for_ranges(parallel, layer_.r, rows_per_task(layer_.r, K * size),
+             [&](int64_t begin, int64_t end) { kernels.project_few(layer_, begin, end, x, M, t); });
   const double row_bytes = (stored + static_cast<double>(layer_.r)) * size + K / 8;
   for_ranges(parallel, layer_.N, rows_per_task(layer_.N, row_bytes),
              [&](int64_t begin, int64_t end) { kernels.rows_few(layer_, begin, end, x, t, M, y); });
@@ -147,12 +150,10 @@ void PreparedLayer::forward_many(const float* x, int64_t M, float* y, const Para
     const int64_t count = std::min(columns, M - m);
     float* xT = scratch.at_least((K + r) * columns);
     float* tT = xT + K * columns;
-    for_ranges(parallel, K, 512, [&](int64_t begin, int64_t end) {
-      kernels_->transpose(x + m * K, K, begin, end, count, columns, xT);
-    });
-    for_ranges(parallel, r, 16, [&](int64_t begin, int64_t end) {
-      kernels.project_many(layer_, begin, end, xT, columns, tT);
-    });
+    for_ranges(parallel, K, 512,
+               [&](int64_t begin, int64_t end) { kernels_->transpose(x + m * K, K, begin, end, count, columns, xT); });
+    for_ranges(parallel, r, 16,
+               [&](int64_t begin, int64_t end) { kernels.project_many(layer_, begin, end, xT, columns, tT); });
     const int64_t panel = std::clamp<int64_t>(round_up(N / 8, 16), 16, kPanel);
     for_ranges(parallel, N, panel, [&](int64_t begin, int64_t end) {
       kernels.rows_many(layer_, begin, end, xT, tT, columns, count, y + m * N);

@@ -27,7 +27,7 @@ inline float sum(Vec v) {
 }
 
 struct Shuffles {
-  alignas(32) int32_t f32[256][8];   // lane i takes value [i], or none where negative
+  alignas(32) int32_t f32[256][8];    // lane i takes value [i], or none where negative
   alignas(16) uint8_t bf16[256][16];  // byte i takes byte [i], or 0 where the top bit is set
 };
 
@@ -65,7 +65,7 @@ struct F32 {
     w[0] = _mm256_maskload_ps(reinterpret_cast<const float*>(p), lanes_below(count));
   }
   static Vec broadcast(const uint8_t* p) { return _mm256_set1_ps(load_f32(p)); }
-  static constexpr int rows(int M) { return M <= 2 ? 4 : 3; }
+  static constexpr int rows(int M) { return M == 2 ? 4 : 3; }
 };
 
 struct Bf16 {
@@ -90,7 +90,7 @@ struct Bf16 {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi16(bits), high));
   }
-  static constexpr int rows(int M) { return M <= 2 ? 4 : 3; }
+  static constexpr int rows(int M) { return M == 2 ? 4 : 3; }
 };
 
 // 16 registers: rows(M) * M sums and a weight vector per row; kTileColumns / 8 sums and a weight.

@@ -20,19 +20,13 @@ inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
-// Expand instructions have two traps on Zen. The form that reads memory is microcoded, hence a load of its own. And on
-// Zen 5 the result waits for the register's last value even where the mask zeroes the rest (5 cycles instead of 1 when
-// a register is used again), hence the merge into a fresh zero. The empty asm statements keep compilers from undoing it.
+// On Zen 5 an expand instruction waits for the old value of its result register even where the mask zeroes it: 5 cycles
+// instead of 1 when a register is used again. Hence the merge into a fresh zero; the empty asm statement keeps
+// compilers from making the zeroing form of it again.
 inline __m512i fresh_zero() {
   __m512i zero = _mm512_setzero_si512();
   asm("" : "+v"(zero));
   return zero;
-}
-
-inline __m512i loaded(const uint8_t* p) {
-  __m512i v = _mm512_loadu_si512(p);
-  asm("" : "+v"(v));
-  return v;
 }
 
 struct F32 {
@@ -40,15 +34,15 @@ struct F32 {
   static constexpr bool kNaturalOrder = true;
   static int64_t position(int64_t k) { return k; }
   static void expand(uint64_t mask, const uint8_t* p, Vec* w) {
-    w[0] = _mm512_castsi512_ps(_mm512_mask_expand_epi32(fresh_zero(), static_cast<__mmask16>(mask), loaded(p)));
+    w[0] = _mm512_castsi512_ps(
+        _mm512_mask_expand_epi32(fresh_zero(), static_cast<__mmask16>(mask), _mm512_loadu_si512(p)));
   }
   static void dense(const uint8_t* p, Vec* w) { w[0] = _mm512_loadu_ps(p); }
   static void dense(const uint8_t* p, int count, Vec* w) {
     w[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
   }
   static Vec broadcast(const uint8_t* p) { return _mm512_set1_ps(load_f32(p)); }
-  // At M = 1 memory is the limit, and fewer streams use it better.
-  static constexpr int rows(int M) { return M == 1 ? 2 : 4; }
+  static constexpr int rows(int) { return 4; }
 };
 
 // 32 values become two vectors: the even columns (low halves, shifted up) and the odd ones (high halves, masked).
@@ -64,7 +58,7 @@ struct Bf16 {
     w[1] = odd(v);
   }
   static void expand(uint64_t mask, const uint8_t* p, Vec* w) {
-    split(_mm512_mask_expand_epi16(fresh_zero(), static_cast<__mmask32>(mask), loaded(p)), w);
+    split(_mm512_mask_expand_epi16(fresh_zero(), static_cast<__mmask32>(mask), _mm512_loadu_si512(p)), w);
   }
   static void dense(const uint8_t* p, Vec* w) { split(_mm512_loadu_si512(p), w); }
   static void dense(const uint8_t* p, int count, Vec* w) {

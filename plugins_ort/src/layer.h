@@ -50,8 +50,9 @@ struct Layer {
 };
 
 static inline const uint8_t* row_values(const Layer& layer, int64_t n) {
-  return n < layer.tail_row ? layer.values + layer.row_start[n] * size_of(layer.dtype)
-                            : layer.tail + (layer.row_start[n] - layer.row_start[layer.tail_row]) * size_of(layer.dtype);
+  return n < layer.tail_row
+             ? layer.values + layer.row_start[n] * size_of(layer.dtype)
+             : layer.tail + (layer.row_start[n] - layer.row_start[layer.tail_row]) * size_of(layer.dtype);
 }
 
 // What one instruction set provides for one value type. Row ranges are [begin, end).

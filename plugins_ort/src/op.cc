@@ -99,7 +99,8 @@ class Kernel {
 
     // The types of X, bitmap and bias are declared (make_op), and checked by the runtime.
     if (values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)
-      fail("values have ONNX element type " + std::to_string(values.type) + "; float32 (1) and bfloat16 (16) are known");
+      fail("values have ONNX element type " + std::to_string(values.type) +
+           "; float32 (1) and bfloat16 (16) are known");
     if (U.type != values.type || V.type != values.type) fail("values, U and V are not of one type");
 
     Layer layer{};
@@ -108,8 +109,6 @@ class Kernel {
     layer.r = U.dims[1];
     layer.K = V.dims[1];
     layer.words = (layer.K + kBlock - 1) / kBlock;
-    if (layer.N < 1 || layer.K < 1)
-      fail("U is " + shape_text(U.dims) + " and V " + shape_text(V.dims) + ", so that N or K is 0");
     expect(V, "V", {layer.r, layer.K});
     expect(bitmap, "bitmap", {layer.N, 2 * layer.words});
     expect(bias, "bias", {layer.N});
@@ -229,7 +228,9 @@ OrtCustomOp make_op() {
   op.GetInputType = [](const OrtCustomOp*, size_t index) {
     switch (index) {
       case 1: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-      case 2: case 3: case 4: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // any; Kernel checks them
+      case 2:
+      case 3:
+      case 4: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // any; Kernel checks them
       default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     }
   };

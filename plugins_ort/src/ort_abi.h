@@ -3,8 +3,8 @@
 // OrtApi is a table of function pointers that only ever grows at its end: the runtime's own source asserts the size of
 // every released version ("Size of version N API cannot change"), and GetApi(N) returns it to any later runtime too.
 // The positions and the layout of OrtCustomOp below were compared by offsetof() with the official
-// include/onnxruntime/core/session/onnxruntime_c_api.h of API versions 24 and 29, which agree. A wrong one would be seen
-// at once: each of these entries is used by the tests that run the op in a session.
+// include/onnxruntime/core/session/onnxruntime_c_api.h of API versions 24 and 29, which agree. A wrong one would be
+// seen at once: each of these entries is used by the tests that run the op in a session.
 #pragma once
 
 #include <cstddef>
@@ -36,38 +36,38 @@ struct OrtApi {
   using Unused = void (*)();
   OrtStatus* (*CreateStatus)(OrtErrorCode, const char* message);  // 0
   Unused unused_1[25];
-  OrtStatus* (*CreateCustomOpDomain)(const char* domain, OrtCustomOpDomain** out);                        // 26
-  OrtStatus* (*CustomOpDomain_Add)(OrtCustomOpDomain*, const struct OrtCustomOp*);                        // 27
-  OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions*, OrtCustomOpDomain*);                                // 28
+  OrtStatus* (*CreateCustomOpDomain)(const char* domain, OrtCustomOpDomain** out);  // 26
+  OrtStatus* (*CustomOpDomain_Add)(OrtCustomOpDomain*, const struct OrtCustomOp*);  // 27
+  OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions*, OrtCustomOpDomain*);          // 28
   Unused unused_29[22];
-  OrtStatus* (*GetTensorMutableData)(OrtValue*, void** out);                                              // 51
+  OrtStatus* (*GetTensorMutableData)(OrtValue*, void** out);  // 51
   Unused unused_52[8];
-  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo*, ONNXTensorElementDataType* out);   // 60
-  OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo*, size_t* out);                        // 61
-  OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo*, int64_t* dims, size_t count);             // 62
+  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo*, ONNXTensorElementDataType* out);  // 60
+  OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo*, size_t* out);                       // 61
+  OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo*, int64_t* dims, size_t count);            // 62
   Unused unused_63[2];
-  OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtTensorTypeAndShapeInfo** out);                  // 65
+  OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtTensorTypeAndShapeInfo** out);  // 65
   Unused unused_66[20];
-  OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char* name, int64_t* out);       // 86
+  OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char* name, int64_t* out);  // 86
   // Two calls: with out = nullptr for the size (with the final zero), then for the text.
   OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo*, const char* name, char* out, size_t* size);  // 87
   Unused unused_88[2];
-  OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext*, size_t index, const OrtValue** out);      // 90
+  OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext*, size_t index, const OrtValue** out);  // 90
   OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext*, size_t index, const int64_t* dims, size_t count,
-                                        OrtValue** out);                                                  // 91
+                                        OrtValue** out);  // 91
   Unused unused_92[1];
-  void (*ReleaseStatus)(OrtStatus*);                                                                      // 93
+  void (*ReleaseStatus)(OrtStatus*);  // 93
   Unused unused_94[5];
-  void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo*);                                      // 99
+  void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo*);  // 99
   Unused unused_100[144];
-  OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo*, char* out, size_t* size);                    // 244
+  OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo*, char* out, size_t* size);  // 244
   Unused unused_245[4];
   OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo*, size_t index, int* is_constant,
-                                                  const OrtValue** out);                                  // 249
+                                                  const OrtValue** out);  // 249
   Unused unused_250[24];
   // Tasks are handed out one by one to the session's threads if batches == 0. The user pointer must not be null.
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext*, void (*task)(void*, size_t), size_t total,
-                                          size_t batches, void* user);                                    // 274
+                                          size_t batches, void* user);  // 274
 };
 
 struct OrtApiBase {

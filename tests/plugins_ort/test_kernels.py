@@ -28,6 +28,7 @@ SHAPES = (  # N, K, r
     (64, 64, 64),
     (131, 192, 70),
     (257, 65, 64),
+    (301, 600, 5),  # more than one chunk of rows that stays in the cache
 )
 
 
@@ -177,12 +178,12 @@ def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: str, M: int) -
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_token_depends_on_its_neighbours_only_where_the_algorithm_changes(kernel: str, dtype: str) -> None:
-    # One algorithm for few tokens, one for many: at most two results, with one change from the one to the other.
+    # One algorithm for one token, one for few, one for many: the result changes at most where the next one begins.
     with native(random_layer(70, 320, 33, 0.5, dtype), kernel) as run:
         x = inputs(130, 320)
         results = [run(x[:M])[0].tobytes() for M in range(1, 131)]
     changes = sum(a != b for a, b in pairwise(results))
-    assert changes <= 1
+    assert changes <= 2
 
 
 def test_a_wrong_number_of_values_is_refused(kernel: str) -> None:

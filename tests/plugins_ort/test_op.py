@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,18 @@ def test_one_and_two_threads_give_the_same_bits(dtype: str) -> None:
     for shape in [(1, 1, 640), (1, 7, 640), (2, 100, 640)]:
         x = tokens(*shape)
         np.testing.assert_array_equal(one.run(None, {"X": x})[0], two.run(None, {"X": x})[0])
+
+
+def test_a_session_can_be_run_by_several_threads_at_once() -> None:
+    layer = random_layer(300, 320, 40, 0.5, "f32")
+    session = open_session(model_of(layer), threads=2)
+    inputs = [tokens(1, count, 320) for count in (1, 3, 50, 130)]
+    expected = [session.run(None, {"X": x})[0] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            results = pool.map(lambda x: session.run(None, {"X": x})[0], inputs)
+            for y, y_expected in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(y, y_expected)
 
 
 def test_the_library_counts_its_layers_and_calls() -> None:
@@ -101,7 +114,7 @@ VALUES = LAYER.stored["values"]
         ({"V": np.zeros((3, 70), np.float32)}, r"V is \[3, 70\], but U and V ask for \[2, 70\]"),
         ({"V": np.zeros((2, 70), np.uint16)}, "values, U and V are not of one type"),
         ({"bias": np.zeros(7, np.float32)}, r"bias is \[7\], but U and V ask for \[8\]"),
-        ({"U": np.zeros((0, 2), np.float32)}, "N or K is 0"),
+        ({"U": np.zeros((0, 2), np.float32)}, r"bitmap is \[8, 4\], but U and V ask for \[0, 4\]"),
     ],
     ids=["popcount", "padding bits", "bitmap", "bitmap type", "rank", "type", "V", "types", "bias", "no rows"],
 )

@@ -3,6 +3,10 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jsonschema
 import pytest
@@ -147,3 +151,87 @@ def test_a_plan_cannot_be_built_yet(tiny_folder, tmp_path, capsys):
 def test_a_compressed_model_is_not_compressed_again(built, tmp_path, capsys):
     assert compress.main(["--model", str(built[0] / "engine"), "--out", str(tmp_path / "again")]) == 2
     assert "compressed already" in capsys.readouterr().err
+
+
+def test_an_interrupted_export_goes_on_and_leaves_no_engine(tiny_folder, text_file, tmp_path):
+    out = tmp_path / "engine.onnx"
+    arguments = ["--model", str(tiny_folder), "--out", str(out), *CALIBRATION, "--calibration", str(text_file)]
+    program = "import sys; from sslc_export.cli.export import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments, "--skip-validation"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    first_block = tmp_path / "engine.partial" / "model-00001-of-00004.safetensors"
+    while not first_block.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert [p.name for p in tmp_path.iterdir()] == ["engine.partial"]
+    assert export.main([*arguments, "--skip-validation"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine", "engine.json", "engine.onnx", "engine.recipe.yaml"]
+
+
+def test_an_export_that_stopped_after_compressing_does_not_compress_again(
+    tiny_folder, text_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "engine.onnx"
+    arguments = ["--model", str(tiny_folder), "--out", str(out), *CALIBRATION, "--calibration", str(text_file)]
+    assert export.main([*arguments, "--skip-validation"]) == 0
+    out.unlink()
+    monkeypatch.setattr("compress.pipeline._compress_blocks", None)  # may not be called
+    assert export.main([*arguments, "--skip-validation"]) == 0
+    assert out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "t5"}'), "t5"),
+        (lambda f: cut(f / "model.safetensors", -100), "model.safetensors"),
+        (lambda f: overwrite(f / "model.safetensors", 0, b"\xff" * 8), "header"),
+        (lambda f: overwrite(f / "model.safetensors", -4, b"\x00\x00\xc0\x7f"), "NaN"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+    ids=["config", "architecture", "truncated", "header", "nan", "tokenizer"],
+)
+def test_a_damaged_model_is_bad_input_and_leaves_nothing(tiny_folder, text_file, tmp_path, capsys, damage, message):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    damage(model)
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["--model", str(model), "--out", str(out / "engine.onnx"), *CALIBRATION]
+    assert export.main([*arguments, "--calibration", str(text_file)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("A few words.", "too short"), (None, "no calibration")])
+def test_calibration_text_that_does_not_do(tiny_folder, tmp_path, capsys, text, message):
+    file = tmp_path / "text.txt"
+    if text is not None:
+        file.write_text(text)
+    arguments = ["--model", str(tiny_folder), "--out", str(tmp_path / "small"), *CALIBRATION]
+    assert compress.main([*arguments, "--calibration", str(file)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_output_that_cannot_be_written(tiny_folder, text_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = ["--model", str(tiny_folder), "--out", str(tmp_path / "file" / "engine.onnx"), *CALIBRATION]
+    assert export.main([*arguments, "--calibration", str(text_file)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def cut(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def overwrite(file, offset, content):
+    data = bytearray(file.read_bytes())
+    end = offset + len(content)
+    data[offset : end if end else None] = content
+    file.write_bytes(data)

@@ -6,7 +6,6 @@ import pytest
 from sslc_common.errors import InputError
 from tests.validate import toys
 from validate.accuracy import Perplexity, perplexity, perplexity_ratio
-from validate.tokens import cut
 
 CHUNKS = toys.tokens(6, 20)
 
@@ -77,25 +76,9 @@ def test_different_texts_are_never_divided():
         perplexity_ratio(perplexity(toys.Toy(), CHUNKS), perplexity(toys.Toy(), CHUNKS[:, ::-1].copy()))
 
 
-def test_text_is_cut_without_overlap_and_the_tail_dropped():
-    chunks = cut(np.arange(11, dtype=np.int32), 3)
-    assert chunks.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert chunks.dtype == np.int64
-    assert cut(np.arange(11), 3, max_chunks=2).shape == (2, 3)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "words"), [(0, ["is empty", "0 tokens"]), (99, ["too short", "99 tokens", "at least 100"])]
-)
-def test_too_little_text_is_refused_with_both_counts(tokens, words):
-    with pytest.raises(InputError) as error:
-        cut(np.arange(tokens), 100)
-    assert all(word in str(error.value) for word in words)
-
-
 def test_chunks_of_one_token_and_foreign_tokens_are_refused():
-    with pytest.raises(InputError, match="too short to predict"):
-        cut(np.arange(10), 1)
+    with pytest.raises(InputError, match="at least 1 row of 2 tokens"):
+        perplexity(toys.Toy(), CHUNKS[:, :1])
     with pytest.raises(InputError, match="tokenizer"):
         perplexity(toys.Toy(), CHUNKS + toys.VOCAB)
     with pytest.raises(InputError, match="0 rows"):
