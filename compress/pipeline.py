@@ -7,7 +7,9 @@ the calibration sequences, however many blocks there are.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -203,8 +205,19 @@ def _compress_blocks(
             if hidden is not None:
                 run(block, calls[index], hidden)
             block.to("meta")
+            _return_freed_memory()
     finally:
         remove(spill)
+
+
+def _return_freed_memory() -> None:
+    """Hands freed tensors back to the system.
+
+    glibc keeps freed memory in its heap, in pieces that later blocks do not fit into: without this, 8 blocks of
+    LLaMA-7B's shape needed 13 % more memory than 4 (scripts/bench_memory.py).
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _load_finished(source: Source, name: str, shard: Path) -> None:

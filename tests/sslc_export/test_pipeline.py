@@ -156,7 +156,11 @@ def test_a_compressed_model_is_not_compressed_again(built, tmp_path, capsys):
 def test_an_interrupted_export_goes_on_and_leaves_no_engine(tiny_folder, text_file, tmp_path):
     out = tmp_path / "engine.onnx"
     arguments = ["--model", str(tiny_folder), "--out", str(out), *CALIBRATION, "--calibration", str(text_file)]
-    program = "import sys; from sslc_export.cli.export import main; sys.exit(main())"
+    # A shell starts its background jobs with SIGINT ignored, and children inherit that: the suite may be such a job.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from sslc_export.cli.export import main; sys.exit(main())"
+    )
     command = [sys.executable, "-c", program, *arguments, "--skip-validation"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     first_block = tmp_path / "engine.partial" / "model-00001-of-00004.safetensors"
