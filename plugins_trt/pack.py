@@ -31,6 +31,7 @@ _ROWS = 512  # rows packed at a time: bounds the temporary arrays, whatever N is
 _TILE_COLUMNS = {"any": 64, "bank32": 256, "fixed8": 64}
 _BANK_BYTES = 128 * 32 + 512
 _MAX_INT32 = 2**31 - 1
+_MAX_FEATURES = 2**24  # as in src/plugin.cu
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def pack_layer(
     type: str = "f16",
     layout: str | None = None,
     scales: NDArray[np.floating] | None = None,
+    name: str = "The layer",
 ) -> PackedLayer:
     """Packs one layer.
 
@@ -156,13 +158,22 @@ def pack_layer(
         type: "f16" or "bf16".
         layout: One of `LAYOUTS`; `choose_layout` chooses if None.
         scales: Float16 [N, ⌈K/64⌉] for int8 values.
+        name: How errors call it.
 
     Raises:
-        InputError: the mask does not obey the layout's rule, or a value does not fit the type.
+        InputError: the layer is too large for the kernel, its mask does not obey the layout's rule, or a value does not
+            fit the type.
     """
     N, K, rank, int8 = len(bitmap), in_features, V.shape[0], scales is not None
     if bitmap.shape[1] != 2 * -(-K // 64) or U.shape != (N, rank) or V.shape != (rank, K):
         raise ValueError(f"shapes do not agree: bitmap {bitmap.shape}, U {U.shape}, V {V.shape}, K {K}")
+    if max(N, K) > _MAX_FEATURES:
+        raise InputError(
+            f"{name} is larger than the GPU kernel can take",
+            got=f"{N} outputs, {K} inputs",
+            allowed=f"at most {_MAX_FEATURES} of each",
+            do=f"Leave it dense: compress again with --exclude '{name}'",
+        )
     if layout is None:
         layout, _ = choose_layout(bitmap, K, int8=int8)
     if int8 and layout == "bank32":
@@ -170,7 +181,9 @@ def pack_layer(
             "Layout bank32 takes no int8 values", allowed="any or fixed8", do="Leave the layout to the tool"
         )
 
-    bits = values.astype(np.int8).view(np.uint8) if int8 else to_bits(_floating(values), type, "A value of S")
+    bits = (
+        values.astype(np.int8).view(np.uint8) if int8 else to_bits(_floating(values), type, f"A value of S of {name}")
+    )
     columns, pack = _TILE_COLUMNS[layout], _PACKERS[layout]
     parts: list[NDArray[np.uint8]] = []
     sizes: list[NDArray[np.int64]] = []
@@ -208,8 +221,8 @@ def pack_layer(
         rank=rank,
         slot=slot,
         S=S,
-        U=_fragments(_padded(to_bits(U, type, "An entry of U"), 1, 64)),
-        V=_fragments(_padded(to_bits(V, type, "An entry of V"), 0, 64)),
+        U=_fragments(_padded(to_bits(U, type, f"An entry of U of {name}"), 1, 64)),
+        V=_fragments(_padded(to_bits(V, type, f"An entry of V of {name}"), 0, 64)),
         bias=np.zeros(N, np.float32) if bias is None else np.ascontiguousarray(bias, dtype=np.float32),
     )
 

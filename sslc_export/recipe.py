@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from compress.options import METHODS, CompressOptions
 from sslc_common.errors import InputError
@@ -86,7 +86,29 @@ class ValidateRecipe(_Recipe):
     report: str | None = Field(None, description="folder of the report (default: report/ beside the engine)")
 
 
-class ExportRecipe(CompressRecipe, ValidateRecipe):
+class PlanRecipe(_Recipe):
+    """How engine.plan is built for TensorRT; engine.onnx takes none of these."""
+
+    target: list[str] = Field(
+        default_factory=list,
+        description="GPU architectures to build for, for example sm_86,sm_89; may be repeated (default: those that "
+        "TensorRT-RTX chooses, or with TensorRT the GPU of this machine)",
+    )
+    activations: Literal["f16", "bf16"] = Field("f16", description="type of activations and of dense weights")
+    max_batch: int = Field(1, gt=0, description="most sequences at a time")
+    max_prompt: int = Field(512, gt=0, description="most new tokens of a sequence in one call")
+    max_context: int | None = Field(
+        None, gt=0, description="most tokens of a sequence, past and new (default: 2048, or what the model takes)"
+    )
+    triton: str | None = Field(None, description="folder to write a Triton Inference Server repository to")
+
+    @field_validator("target")
+    @classmethod
+    def _split(cls, given: list[str]) -> list[str]:
+        return [name.strip() for item in given for name in item.split(",")]
+
+
+class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
     """Everything that `sslc-export` needs."""
 
     model: str = Field(description="a Hugging Face folder, a hub id, a .gguf file, or a folder that sslc-compress made")
@@ -110,7 +132,7 @@ class CompressCommand(CompressRecipe):
 class ValidateCommand(ValidateRecipe):
     """Everything that `sslc-validate` needs."""
 
-    engine: str = Field(description="the engine.onnx that sslc-export wrote")
+    engine: str = Field(description="the engine.onnx or engine.plan that sslc-export wrote")
     reference: str | None = Field(
         None,
         description="the dense model: a Hugging Face folder, a hub id or a .gguf file; without it the engine is "

@@ -1,4 +1,4 @@
-"""Builds TensorRT engines from lowered models.
+"""Builds TensorRT engines from lowered models, and counts what takes their bytes.
 
 TensorRT-RTX builds for GPUs that are not there (sm_80, 86, 89, 120); TensorRT builds for the GPU it finds. No timing
 takes part in what TensorRT-RTX writes on a machine without a GPU, and the same model gives the same bytes.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from plugins_trt import library
@@ -25,6 +28,8 @@ from sslc_common.errors import InputError, MissingError
 from sslc_common.files import atomic_path, require_space, sha256
 from sslc_export.engines import tensorrt_builder
 from sslc_export.engines.tensorrt_graph import PluginNode, rewrite
+
+DEFAULT_TARGET = "default"
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,34 +50,64 @@ class Shapes:
 
 
 @dataclass(frozen=True)
+class PlanSize:
+    """Where a plan's bytes are.
+
+    TensorRT-RTX compiles its own kernels on the user's GPU, when the engine is first run. A plan holds their source,
+    each time with the same 140 KB of definitions before it, for about five kernels per transformer block (three if the
+    model is dense: then more is fused). No option of the builder leaves it out.
+
+    Attributes:
+        total: Of the plan, in bytes.
+        weights: Packed and dense weights, as they were given to TensorRT.
+        plugin: The plugin library inside the plan; 0 if there is none.
+        kernel_source: Source text of the kernels that TensorRT generated.
+    """
+
+    total: int
+    weights: int
+    plugin: int
+    kernel_source: int
+
+    @property
+    def accounted(self) -> int:
+        """What the total should be, from its counted parts."""
+        return self.weights + self.plugin + self.kernel_source
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """What was built.
 
     Attributes:
         path: The .plan file.
-        runtime: "tensorrt_rtx" or "tensorrt", and its version.
+        runtime: "tensorrt_rtx" or "tensorrt".
         version: The runtime's version.
-        targets: GPU architectures, ("sm_86", ...), or ("default",).
-        plugin: SHA-256 of the plugin library that is inside the plan, or None if no layer needs it.
+        targets: GPU architectures, ("sm_86", ...), or (DEFAULT_TARGET,).
+        plugin: SHA-256 of the plugin library inside the plan, and its headers' version; None if no layer needs it.
         layers: The layers that run in the plugin.
         shapes: What the engine takes.
+        profiles: Least, usual and largest shape of each input, per optimization profile.
         type: "f16" or "bf16": activations and dense weights.
-        nbytes: Size of the plan.
+        size: Of the plan, in parts.
         repeatable: Building again gives the same bytes.
         seconds: Seconds for packing, and for parsing and building.
+        peak_bytes: Most memory that the building process had.
     """
 
     path: Path
     runtime: str
     version: str
     targets: tuple[str, ...]
-    plugin: str | None
+    plugin: dict[str, str] | None
     layers: tuple[PluginNode, ...]
     shapes: Shapes
+    profiles: list[dict[str, list[list[int]]]]
     type: str
-    nbytes: int
+    size: PlanSize
     repeatable: bool
     seconds: dict[str, float]
+    peak_bytes: int
 
 
 def build(
@@ -111,10 +146,7 @@ def build(
         )
     if type not in ("f16", "bf16"):
         raise InputError("TensorRT engines have no such type", got=type, allowed="f16 or bf16")
-    trt = tensorrt_builder.tensorrt()
-    tensorrt_builder.capabilities(trt, list(targets))
-    library.load_alias(trt)
-    plugin = plugin or library.library_path()
+    trt, plugin = require_backend(targets, plugin)
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out, 2 * _weight_bytes(model))
     seconds: dict[str, float] = {}
@@ -134,8 +166,10 @@ def build(
                 "targets": targets,
             }
             (folder / "job.json").write_text(json.dumps(job))
-            steady = _run_builder(folder, trt.__name__)
+            steady, built = _run_builder(folder, trt.__name__)
             seconds["build"] = time.perf_counter() - start
+            plugin_bytes = plugin.stat().st_size if layers else 0
+            size = _plan_size(folder / "engine.plan", (folder / "model.bin").stat().st_size, plugin_bytes)
             (folder / "engine.plan").replace(temporary)
     finally:
         shutil.rmtree(folder)
@@ -143,19 +177,45 @@ def build(
         path=out,
         runtime=trt.__name__,
         version=trt.__version__,
-        targets=targets or ("default",),
-        plugin=sha256(plugin) if layers else None,
+        targets=targets or (DEFAULT_TARGET,),
+        plugin={"sha256": sha256(plugin), "headers": library.headers_version(plugin)} if layers else None,
         layers=layers,
         shapes=shapes,
+        profiles=built["profiles"],
         type=type,
-        nbytes=out.stat().st_size,
+        size=size,
         repeatable=steady,
         seconds=seconds,
+        peak_bytes=built["peak_bytes"],
     )
 
 
-def _run_builder(folder: Path, module: str) -> bool:
-    """Builds in a fresh process; returns whether its memory layout, and so the plan's bytes, are repeatable.
+def require_backend(targets: Iterable[str] = (), plugin: Path | None = None) -> tuple[ModuleType, Path]:
+    """TensorRT and the plugin library, checked before any work is done.
+
+    Raises:
+        InputError: a target is not supported.
+        MissingError: TensorRT or the plugin is not here.
+    """
+    trt = tensorrt_builder.tensorrt()
+    tensorrt_builder.capabilities(trt, list(targets))
+    plugin = plugin or library.library_path()
+    library.load_alias(trt, plugin.parent)
+    return trt, plugin
+
+
+def _plan_size(plan: Path, weights: int, plugin: int) -> PlanSize:
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # Weights and machine code have no 256 printable characters in a row.
+        source = sum(text.end() - text.start() for text in re.finditer(rb"[\t\n\r -~]{256,}", data))
+        return PlanSize(len(data), weights, plugin, source)
+
+
+def _run_builder(folder: Path, module: str) -> tuple[bool, dict[str, Any]]:
+    """Builds in a fresh process.
+
+    Returns:
+        Whether the process had a repeatable memory layout, and so the plan has repeatable bytes; what it says it built.
 
     Some containers forbid to switch address randomisation off. The engine is as good without, but its bytes differ.
     """
@@ -176,7 +236,7 @@ def _run_builder(folder: Path, module: str) -> bool:
         raise _error(json.loads((folder / "error.json").read_bytes()))
     if done.returncode != 0:
         raise RuntimeError(f"{module} ended with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
-    return steady
+    return steady, json.loads((folder / "built.json").read_bytes())
 
 
 def _error(described: dict[str, Any]) -> Exception:

@@ -1,9 +1,10 @@
 """The only module that imports `tensorrt` or `tensorrt_rtx`: it turns a graph into a plan, in a process of its own.
 
 Run as a program (`python -m sslc_export.engines.tensorrt_builder`) in a folder with `job.json` and the graph, it writes
-`engine.plan` there, or `error.json`. TensorRT orders parts of a plan by the addresses of its objects, so the same bytes
-come out only if memory is laid out the same: hence a fresh process that does nothing else, started without address
-randomisation (`sslc_export.engines.tensorrt`). It also keeps an abort inside TensorRT from taking the tool with it.
+`engine.plan` and `built.json` there, or `error.json`. TensorRT orders parts of a plan by the addresses of its objects,
+so the same bytes come out only if memory is laid out the same: hence a fresh process that does nothing else, started
+without address randomisation (`sslc_export.engines.tensorrt`). It also keeps an abort inside TensorRT from taking the
+tool with it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import resource
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,8 +46,8 @@ def tensorrt(name: str | None = None) -> ModuleType:
     raise MissingError("TensorRT is not installed", got="; ".join(reasons), do=_INSTALL)
 
 
-def build_plan(job: dict[str, Any], model: Path) -> memoryview:
-    """Builds the plan of a graph. The job is what `sslc_export.engines.tensorrt.build` wrote down.
+def build_plan(job: dict[str, Any], model: Path) -> tuple[memoryview, list[Any]]:
+    """The plan of a graph, and its optimization profiles. The job is what `sslc_export.engines.tensorrt.build` wrote.
 
     Raises:
         MissingError: TensorRT or the plugin is missing, or another plugin has its name.
@@ -67,7 +69,11 @@ def build_plan(job: dict[str, Any], model: Path) -> memoryview:
     require_plugin_layers(trt, network, job["layers"], job["type"])
 
     config = builder.create_builder_config()
-    for profile in _profiles(trt, builder, network, job["shapes"]):
+    profiles = _profiles(trt, network, job["shapes"])
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, (least, usual, most) in shapes.items():
+            profile.set_shape(name, least, usual, most)
         config.add_optimization_profile(profile)
     if job["targets"]:
         chosen = capabilities(trt, job["targets"])
@@ -79,7 +85,7 @@ def build_plan(job: dict[str, Any], model: Path) -> memoryview:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(f"{trt.__name__} {trt.__version__} built no engine: {log.text()}")
-    return memoryview(plan)
+    return memoryview(plan), profiles
 
 
 def require_plugin_layers(trt: ModuleType, network: Any, layers: dict[str, int], type: str) -> None:
@@ -110,8 +116,8 @@ def require_plugin_layers(trt: ModuleType, network: Any, layers: dict[str, int],
             )
 
 
-def _profiles(trt: ModuleType, builder: Any, network: Any, shapes: dict[str, int]) -> list[Any]:
-    """The optimization profiles: one for decoding and prefill together, or (mainline TensorRT) one for each.
+def _profiles(trt: ModuleType, network: Any, shapes: dict[str, int]) -> list[dict[str, list[list[int]]]]:
+    """Least, usual and largest shape of each input: for decoding and prefill together, or (mainline TensorRT) for each.
 
     TensorRT-RTX keeps the dense weights once per profile: 432 MB instead of 275 for SmolLM2-135M in float16. It
     specialises its kernels at run time, for the shapes that then come, so one profile should lose nothing there.
@@ -123,7 +129,7 @@ def _profiles(trt: ModuleType, builder: Any, network: Any, shapes: dict[str, int
     prefill = ((0, 1), (0, most), (context - most, most))
     profiles = []
     for ranges in (both,) if trt.__name__ == "tensorrt_rtx" else (decode, prefill):
-        profile = builder.create_optimization_profile()
+        profile = {}
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
             sizes = []
@@ -134,7 +140,7 @@ def _profiles(trt: ModuleType, builder: Any, network: Any, shapes: dict[str, int
                 else:
                     size[1] = past + new if tensor.name == "attention_mask" else new
                 sizes.append(size)
-            profile.set_shape(tensor.name, *sizes)
+            profile[tensor.name] = sizes
         profiles.append(profile)
     return profiles
 
@@ -186,14 +192,16 @@ def _logger(trt: ModuleType) -> Any:
 
 
 def main() -> None:
-    """Builds what `job.json` in the current folder says; writes `engine.plan` or `error.json` there."""
+    """Builds what `job.json` in the current folder says; writes `engine.plan` and `built.json`, or `error.json`."""
     job = json.loads(Path("job.json").read_bytes())
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one processor: TensorRT starts fewer threads
     try:
-        plan = build_plan(job, Path("model.onnx"))
+        plan, profiles = build_plan(job, Path("model.onnx"))
         with Path("engine.plan").open("wb") as file:
             file.write(plan)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        Path("built.json").write_text(json.dumps({"peak_bytes": peak, "profiles": profiles}))
     except (UserError, RuntimeError, OSError) as error:
         Path("error.json").write_text(json.dumps(_described(error)))
 

@@ -38,7 +38,9 @@ class PluginNode:
         name: The layer's name, and the node's.
         layout: How its sparse part is packed.
         reason: Why in this layout.
-        out_features: Width of its output.
+        out_features: N.
+        in_features: K.
+        rank: r.
         nbytes: Bytes of its packed weights and bias.
     """
 
@@ -46,6 +48,8 @@ class PluginNode:
     layout: str
     reason: str
     out_features: int
+    in_features: int
+    rank: int
     nbytes: int
 
 
@@ -122,6 +126,7 @@ def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> Plugin
         in_features=in_features,
         type=type,
         layout=layout,
+        name=str(node.name),
     )
     inputs = [given["X"]]
     for name, data in (("S", layer.S), ("U", layer.U), ("V", layer.V), ("bias", layer.bias)):
@@ -151,7 +156,7 @@ def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> Plugin
     for value in given.values():
         if value is not None and value.is_initializer() and not value.uses():
             del graph.initializers[str(value.name)]
-    return PluginNode(str(node.name), layout, reason, layer.out_features, layer.nbytes)
+    return PluginNode(str(node.name), layout, reason, layer.out_features, layer.in_features, layer.rank, layer.nbytes)
 
 
 def _position_values(graph: ir.Graph) -> set[ir.Value]:
