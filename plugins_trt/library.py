@@ -19,8 +19,9 @@ _FOLDER = Path(__file__).resolve().parent
 _LIBRARY = "libsslc_trt.so"
 _ALIAS = "libsslc_rtx_alias.so"
 _BUILD = (
-    "Build it with `cmake -S plugins_trt -B build-trt && cmake --build build-trt && cmake --install build-trt` "
-    "(nvcc and TensorRT's headers are needed)"
+    "Build it: `make plugin` in a checkout, elsewhere `cmake -S "
+    f"{_FOLDER} -B build-trt && cmake --build build-trt && cmake --install build-trt`, with nvcc of the CUDA toolkit "
+    "(12.8 or later) and TensorRT's headers in TENSORRT_INCLUDE_DIR"
 )
 
 

@@ -10,18 +10,16 @@ The model: one multiprocessor decodes at the rate of its busiest pipe, counted o
 conflicts are none by construction); DRAM gives 90 % of its peak; of the two times the larger counts in full and a fifth
 of the smaller is not hidden. Rates per clock and multiprocessor are those of NVIDIA's programming guide: 4 warp
 instructions issued, 64 lanes of integer ALU, 16 lanes of special functions, 32 lanes of loads and stores, and 1024 or
-512 multiply-adds of mma.sync. Needs nvcc and cuobjdump (with nvdisasm): the CUDA toolkit has both, and so has the wheel
-of triton, in triton/backends/nvidia/bin.
+512 multiply-adds of mma.sync. Needs nvcc and cuobjdump (with nvdisasm), from the CUDA toolkit or from
+`make plugin`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# The machine's tools, or else those that scripts/plugin.sh fetches.
+SEARCH_PATH = f"{os.environ.get('PATH', '')}{os.pathsep}{ROOT / 'build/cuda/nvidia/cu13/bin'}"
+_ENVIRONMENT = {**os.environ, "PATH": SEARCH_PATH}
 COSTS = Path(__file__).with_name("gpu_cost.json")
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 
@@ -87,26 +88,14 @@ def compile_kernels(architecture: str, folder: Path) -> Path:
     )
     cubin = folder / f"sm_{architecture}.cubin"
     command = ["nvcc", "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), str(source)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=_ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     return cubin
-
-
-def disassembler() -> dict[str, str]:
-    """The environment in which `cuobjdump` is found. Raises FileNotFoundError."""
-    path = os.environ.get("PATH", "")
-    if shutil.which("cuobjdump", path=path) is None:
-        spec = importlib.util.find_spec("triton")
-        folder = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
-        if folder is None or not (folder / "cuobjdump").is_file():
-            raise FileNotFoundError("cuobjdump is not here: install the CUDA toolkit's, or the wheel of triton")
-        path = f"{folder}{os.pathsep}{path}"
-    return {**os.environ, "PATH": path}
 
 
 def functions(cubin: Path) -> dict[str, list[tuple[int, str]]]:
     """Mangled name → (address, instruction) of every kernel."""
-    command, environment = ["cuobjdump", "-sass", str(cubin)], disassembler()
-    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    command = ["cuobjdump", "-sass", str(cubin)]
+    text = subprocess.run(command, env=_ENVIRONMENT, check=True, capture_output=True, text=True).stdout
     found: dict[str, list[tuple[int, str]]] = {}
     body: list[tuple[int, str]] = []
     for line in text.splitlines():

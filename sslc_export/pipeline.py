@@ -51,16 +51,14 @@ def export(recipe: ExportRecipe) -> int:
     source = resolve(recipe.model)
     # Only now what takes seconds to import: a wrong path is answered at once.
     from sslc_export import plans
-    from sslc_export.engines.tensorrt import require_backend
     from sslc_export.lowering.lower import lower
     from sslc_export.record import write_record
 
-    if out.suffix == ".plan":
-        require_backend(recipe.target)  # before hours of compression
+    shapes = plans.shapes_for(recipe, _longest(source)) if out.suffix == ".plan" else None
     checkpoint, dense = _compressed(source, recipe, out)
     with console.stage(f"lower {checkpoint} to {graph}"):
         lowered = lower(checkpoint, graph, console.progress)
-    plan = plans.build(lowered, out, recipe, _longest(checkpoint)) if out.suffix == ".plan" else None
+    plan = plans.build(lowered, out, recipe, shapes) if shapes else None
     write_record(out, checkpoint, lowered, recipe, plan)
     save_recipe(recipe, out.with_suffix(".recipe.yaml"))
     if recipe.skip_validation:

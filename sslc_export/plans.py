@@ -29,19 +29,26 @@ _CONTEXT = 2048
 _RELATIVE_L2 = {"f16": 0.02, "bf16": 0.15}
 
 
-def build(lowered: LoweringReport, out: Path, recipe: PlanRecipe, longest: int) -> tensorrt.BuildReport:
-    """Builds the plan, and the Triton repository if it is asked for; says what it came to.
+def shapes_for(recipe: PlanRecipe, longest: int) -> tensorrt.Shapes:
+    """What the plan must take, and that it can be built here: all that can be checked before hours of compression.
 
     Args:
-        lowered: The model.
-        out: The .plan file to write.
-        recipe: How.
+        recipe: How it is built.
         longest: Most tokens that the model can take.
+
+    Raises:
+        InputError: a target is not supported, or the context too long.
+        MissingError: TensorRT or the plugin is not here.
     """
+    tensorrt.require_backend(recipe.target)
     context = recipe.max_context or min(_CONTEXT, longest)
     if context > longest:
-        raise InputError("The context is longer than the model can take", got=context, allowed=f"at most {longest}")
-    shapes = tensorrt.Shapes(batch=recipe.max_batch, prefill=min(recipe.max_prompt, context), context=context)
+        raise InputError("--max-context is longer than the model can take", got=context, allowed=f"at most {longest}")
+    return tensorrt.Shapes(batch=recipe.max_batch, prefill=min(recipe.max_prompt, context), context=context)
+
+
+def build(lowered: LoweringReport, out: Path, recipe: PlanRecipe, shapes: tensorrt.Shapes) -> tensorrt.BuildReport:
+    """Builds the plan, and the Triton repository if it is asked for; says what it came to."""
     with console.stage(f"build {out}"):
         built = tensorrt.build(
             lowered.path, out, targets=recipe.target, type=recipe.activations, shapes=shapes, progress=console.progress
@@ -173,5 +180,5 @@ def _require_structure(engine: Path, described: dict[str, Any], checkpoint: Chec
             do="Build the engine again with sslc-export",
         )
     console.note(
-        f"{engine}: all {len(wanted)} compressed layers are the plugin's, in {described['activations']}, with their shapes"
+        f"{engine}: all {len(wanted)} compressed layers are the plugin's, in {described['activations']}, shapes checked"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -47,10 +48,8 @@ def test_registers_spills_and_shared_memory(architecture, tmp_path):
 @pytest.mark.slow
 def test_the_cost_per_weight_is_no_worse_than_recorded():
     nvcc()
-    try:
-        predict_gpu.disassembler()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    if shutil.which("cuobjdump", path=predict_gpu.SEARCH_PATH) is None:
+        pytest.skip("no cuobjdump: `make plugin` fetches it")
     costs = predict_gpu.measure(predict_gpu.ARCHITECTURES)
     assert predict_gpu.worse(costs, json.loads(predict_gpu.COSTS.read_text())) == []
 

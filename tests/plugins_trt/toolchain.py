@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from scripts.predict_gpu import ROOT, SEARCH_PATH
 from tests.plugins_trt.emulator import SOURCE
 
 
 def nvcc() -> str:
-    path = shutil.which("nvcc")
+    path = shutil.which("nvcc", path=SEARCH_PATH)
     if path is None:
-        pytest.skip("no nvcc: the CUDA code is not compiled here (its source runs in the emulator's tests)")
+        pytest.skip("no nvcc: `make plugin` fetches it (the kernels' source runs in the emulator's tests all the same)")
     return path
 
 
@@ -26,13 +27,11 @@ def tensorrt_headers() -> Path:
     wanted = os.environ.get("TENSORRT_INCLUDE_DIR")
     if wanted:
         return Path(wanted)
-    spec = importlib.util.find_spec("kernel_lens")
-    if spec is not None and spec.submodule_search_locations:
-        return Path(spec.submodule_search_locations[0]) / "include" / "tensorrt"
-    for folder in ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu"):
-        if (Path(folder) / "NvInferRuntime.h").is_file():
-            return Path(folder)
-    pytest.skip("no TensorRT headers: set TENSORRT_INCLUDE_DIR, or pip install --no-deps kernel-lens==2.0.1")
+    fetched = ROOT / "build" / "cuda" / "kernel_lens" / "include" / "tensorrt"
+    for folder in (Path("/usr/include/x86_64-linux-gnu"), Path("/usr/include/aarch64-linux-gnu"), fetched):
+        if (folder / "NvInferRuntime.h").is_file():
+            return folder
+    pytest.skip("no TensorRT headers: `make plugin` fetches them, or set TENSORRT_INCLUDE_DIR")
 
 
 def kept_folder(*parts: str) -> tuple[Path, bool]:
@@ -51,13 +50,14 @@ def build_plugin(runtime: str) -> Path:
     folder, there = kept_folder("plugin", runtime, compiler, str(headers))
     if there:
         return folder
-    if shutil.which("cmake") is None:
-        pytest.skip("no cmake")
+    cmake = shutil.which("cmake", path=f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}")
+    if cmake is None:
+        pytest.skip("no cmake: pip install cmake")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    options = [f"-DTENSORRT_INCLUDE_DIR={headers}", "-DCMAKE_CUDA_ARCHITECTURES=80-real"]
-    options += [f"-DCMAKE_CUDA_RUNTIME_LIBRARY={runtime}"]
-    run("cmake", "-S", SOURCE, "-B", partial, *options)
-    run("cmake", "--build", partial)
+    options = [f"-DCMAKE_CUDA_COMPILER={compiler}", f"-DTENSORRT_INCLUDE_DIR={headers}"]
+    options += ["-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DCMAKE_CUDA_RUNTIME_LIBRARY={runtime}"]
+    run(cmake, "-S", SOURCE, "-B", partial, *options)
+    run(cmake, "--build", partial)
     for name in ("CMakeFiles", "CMakeCache.txt"):  # the build folder is about to move
         path = partial / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
