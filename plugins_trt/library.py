@@ -73,6 +73,7 @@ def register(trt: ModuleType, path: Path | None = None) -> Path:
             nothing when a name, version or namespace differs, and would fail much later or take another plugin.
     """
     path = path or library_path()
+    require_headers(trt, path)
     load_alias(trt, path.parent)
     registry = trt.get_plugin_registry()
     if creator(registry) is not None:
@@ -87,6 +88,30 @@ def register(trt: ModuleType, path: Path | None = None) -> Path:
             do=_BUILD,
         )
     return path
+
+
+def require_headers(trt: ModuleType, path: Path) -> None:
+    """Refuses a plugin that was built for a newer TensorRT, or with TensorRT-RTX's headers for TensorRT.
+
+    TensorRT-RTX takes plugins with TensorRT's headers too; their version numbers cannot be compared.
+
+    Raises:
+        MissingError: the plugin does not fit.
+    """
+    headers, here = headers_version(path), str(trt.__version__)
+    of_rtx, rtx = _numbers(headers)[0] < 8, trt.__name__.startswith("tensorrt_rtx")
+    if (rtx and not of_rtx) or (rtx == of_rtx and _numbers(headers) <= _numbers(here)):
+        return
+    raise MissingError(
+        f"The TensorRT plugin {path} was built for another TensorRT than {trt.__name__} {here}",
+        got=f"headers of {'TensorRT-RTX' if of_rtx else 'TensorRT'} {headers}",
+        allowed=f"headers of {'TensorRT 10 or later, or TensorRT-RTX' if rtx else 'TensorRT'} up to {here}",
+        do=_BUILD,
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def creator(registry: Any) -> Any:

@@ -200,6 +200,7 @@ def require_backend(targets: Iterable[str] = (), plugin: Path | None = None) -> 
     trt = tensorrt_builder.tensorrt()
     tensorrt_builder.capabilities(trt, list(targets))
     plugin = plugin or library.library_path()
+    library.require_headers(trt, plugin)
     library.load_alias(trt, plugin.parent)
     return trt, plugin
 

@@ -196,3 +196,11 @@ def test_a_bitmap_that_disagrees_with_its_values_is_an_internal_error():
     case = random_case(0, 16, 64, 0, 1, rule="free:0.5")
     with pytest.raises((ValueError, IndexError)):
         pack_layer(bitmap_of(case.mask), case.dense[case.mask][:-1], case.U, case.V, in_features=64)
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 2**24 + 64), (2**24 + 1, 1)])
+def test_a_width_that_the_kernel_cannot_take_is_refused_with_the_way_out(N, K):
+    bitmap = np.zeros((N, 2 * -(-K // 64)), np.int32)
+    parts = np.zeros(0, np.float32), np.zeros((N, 0), np.float32), np.zeros((0, K), np.float32)
+    with pytest.raises(InputError, match=r"model.layers.3.mlp.up_proj is larger .* --exclude"):
+        pack_layer(bitmap, *parts, in_features=K, name="model.layers.3.mlp.up_proj")

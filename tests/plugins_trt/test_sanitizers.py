@@ -50,7 +50,7 @@ def failure(program: Path, cases: list[Case], folder: Path) -> str:
     [
         pytest.param("address", 3, id="address-decode"),
         pytest.param("address", 66, id="address-prefill"),
-        pytest.param("thread", 3, id="thread-decode"),
+        pytest.param("thread", 3, id="thread-decode", marks=pytest.mark.slow),
         pytest.param("thread", 66, id="thread-prefill", marks=pytest.mark.slow),
     ],
 )

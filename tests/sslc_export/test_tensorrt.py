@@ -5,8 +5,10 @@ No engine is executed here: that needs a GPU (`scripts/gpu_check.sh`).
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -169,6 +171,77 @@ def test_a_full_disk_is_said_before_any_work(plugin, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(InputError, match=r"(?i)space|disk"):
         build(lowered("llama"), tmp_path / "e.plan", plugin)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(plugin, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorrt, "rewrite", full)
+    with pytest.raises(InputError, match="The disk is full"):
+        build(lowered("llama"), tmp_path / "e.plan", plugin)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_in_the_building_process_is_said_by_it(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tensorrt_builder, "build_plan", full)
+    (tmp_path / "job.json").write_text("{}")
+    tensorrt_builder.main()
+    error = tensorrt._error(json.loads((tmp_path / "error.json").read_text()))
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOSPC
+
+
+class FakeTensorRT:
+    """A TensorRT of any name and version, whose registry gets one creator out of any library."""
+
+    def __init__(self, name, version, creator=("LowRankSparseLinear", "1", "sslc")):
+        self.__name__, self.__version__ = name, version
+        fields = zip(("name", "plugin_version", "plugin_namespace"), creator, strict=True)
+        self.all_creators, self._loaded = [], SimpleNamespace(**dict(fields))
+
+    def get_plugin_registry(self):
+        return self
+
+    def load_library(self, _):
+        self.all_creators.append(self._loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "headers", "fits"),
+    [
+        ("tensorrt", "10.14.1", "10.14.1", True),
+        ("tensorrt", "11.0.0", "10.14.1", True),
+        ("tensorrt", "10.3.0", "10.14.1", False),
+        ("tensorrt", "10.14.1", "1.7.1", False),
+        ("tensorrt_rtx", "1.7.1.116", "10.14.1", True),
+        ("tensorrt_rtx", "1.7.1.116", "1.7.1", True),
+        ("tensorrt_rtx", "1.7.1.116", "1.8.0", False),
+    ],
+)
+def test_a_plugin_for_another_tensorrt_is_refused(name, version, headers, fits, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "headers_version", lambda _: headers)
+    if fits:
+        library.require_headers(FakeTensorRT(name, version), tmp_path)
+        return
+    with pytest.raises(MissingError, match=f"built for another TensorRT than {name} {version}.*{headers}.*make plugin"):
+        library.require_headers(FakeTensorRT(name, version), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "creator",
+    [("LowRankSparseLinear", "2", "sslc"), ("LowRankSparseLinear", "1", ""), ("AnotherName", "1", "sslc")],
+    ids=["another version", "no namespace", "another name"],
+)
+def test_another_plugin_is_not_taken_for_ours(creator, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "headers_version", lambda _: "10.0.0")
+    fake = FakeTensorRT("tensorrt", "10.0.0", creator)
+    with pytest.raises(MissingError, match=r"does not find the plugin sslc::LowRankSparseLinear 1.*make plugin"):
+        library.register(fake, tmp_path / "plugin.so")
 
 
 def test_a_missing_plugin_says_how_to_build_it(tmp_path, monkeypatch):
