@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compress.rules import FREE, parse_rule
 from sslc_common.errors import InputError
 
 
@@ -45,6 +46,8 @@ class CompressOptions:
         values_dtype: Type of values, U and V: "f32" or "bf16".
         rank_share: Share of the room for values that goes to U and V. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
+        mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
+            A layer that would keep more than CAP/GROUP of its entries keeps as many as the rule allows.
         calibration: Text files, folders of .txt files, or Hugging Face dataset names, mixed evenly.
         calibration_tokens: How many tokens of them are used; an eighth is held out to measure errors.
         sequence_length: Tokens per calibration sequence.
@@ -62,6 +65,7 @@ class CompressOptions:
     values_dtype: str = "f32"
     rank_share: float = 0.1
     rank: int | None = None
+    mask_rule: str = FREE
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 16384
     sequence_length: int = 512
@@ -74,6 +78,7 @@ class CompressOptions:
         object.__setattr__(self, "budget", parse_budget(self.budget))
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
         _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
+        parse_rule(self.mask_rule)
         if not 0 <= self.rank_share <= 1:
             raise InputError("The rank share is out of range", got=self.rank_share, allowed="0 ≤ rank_share ≤ 1")
         if self.rank is not None and self.rank < 0:

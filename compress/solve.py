@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from compress.architectures import linear_shape, linears
 from compress.blocks import LayerInputs
 from compress.budget import LayerPlan
 from compress.layer import LowRankSparseLinear, pack
-from compress.methods import magnitude, oats, sparsegpt, sslc, wanda
+from compress.methods import linalg, magnitude, masks, oats, sparsegpt, sslc, wanda
 from compress.options import VALUE_BYTES, CompressOptions
 from compress.report import LayerReport
+from compress.rules import MaskRule, parse_rule
 
 SOLVERS: dict[str, Any] = {
     "magnitude": magnitude.solve,
@@ -47,6 +49,9 @@ def compress_block(
         if plan.dense_reason:
             rows.append(LayerReport(full, N, K, 0, N * K, dense, dense, dense_reason=plan.dense_reason))
             continue
+        rule = parse_rule(options.mask_rule)
+        if rule and plan.nnz > rule.most(N, K):
+            plan = replace(plan, nnz=rule.most(N, K))
         began = time.perf_counter()
         W = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T.contiguous()  # type: ignore[operator]
         compressed = _solve(full, W, linear.bias, inputs.get(layer), plan, options)  # type: ignore[arg-type]
@@ -61,6 +66,7 @@ def compress_block(
                 dense_bytes=dense,
                 error=_held_out_error(W, compressed, inputs[layer].held_out) if layer in inputs else None,
                 seconds=time.perf_counter() - began,
+                mask_cost=_mask_cost(W, inputs.get(layer), plan.nnz, rule) if rule else None,
             )
         )
         del stored[f"{full}.weight"]
@@ -83,7 +89,8 @@ def _solve(
         # A seed for each layer, not one for the run: a resumed run draws the same numbers.
         torch.manual_seed(options.seed + zlib.crc32(name.encode()))
         gram = None if inputs is None else inputs.gram
-        mask, *parts = SOLVERS[options.method](W.detach(), gram, plan.nnz, plan.rank)
+        with masks.in_force(parse_rule(options.mask_rule)):
+            mask, *parts = SOLVERS[options.method](W.detach(), gram, plan.nnz, plan.rank)
     S, U, V = (part.to(_VALUE_DTYPES[options.values_dtype]).contiguous() for part in parts)
     for part in (S, U, V):
         if not torch.isfinite(part).all():
@@ -95,3 +102,10 @@ def _held_out_error(W: Tensor, layer: LowRankSparseLinear, X: Tensor) -> float:
     """‖(W − S − U·V)X‖ / ‖W·X‖ for X [tokens, K]."""
     dense = float((X @ W.T).norm())
     return float((X @ (W - layer.weight).T).norm()) / dense if dense else 0.0
+
+
+def _mask_cost(W: Tensor, inputs: LayerInputs | None, nnz: int, rule: MaskRule) -> float:
+    scores = W.detach().abs()
+    if inputs is not None and inputs.gram is not None:
+        scores = scores * linalg.input_norms(inputs.gram)
+    return masks.cost(scores, nnz, rule)

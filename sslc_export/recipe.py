@@ -48,6 +48,11 @@ class CompressRecipe(_Recipe):
     rank_share: float = Field(
         _DEFAULT.rank_share, ge=0, le=1, description="share of a layer's budget that goes to U and V"
     )
+    mask_rule: str = Field(
+        _DEFAULT.mask_rule,
+        description="free, or CAP:GROUP, for example 32:64: at most CAP values in each aligned GROUP columns of a row, "
+        "for the fastest GPU layouts (docs/kernel-gpu.md)",
+    )
     calibration: list[str] = Field(
         default_factory=list,
         description="text to calibrate on: a file, a folder of .txt, or a Hugging Face dataset name; may be "
