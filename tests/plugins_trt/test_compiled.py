@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from scripts import predict_gpu
 from tests.plugins_trt.emulator import SOURCE
-from tests.plugins_trt.toolchain import nvcc
+from tests.plugins_trt.toolchain import nvcc, run
 
 # Registers per thread. decode(): 512 threads per multiprocessor must fit. gemm(): 256 threads, 64 of the registers are
 # accumulators. The others are bound by memory and want many threads.
@@ -43,6 +44,17 @@ def test_registers_spills_and_shared_memory(architecture, tmp_path):
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} uses local memory"
         assert int(registers) <= MOST_REGISTERS[kind], f"{name} uses {registers} registers"
         assert "smem" not in rest, f"{name} has static shared memory, which no plan of launch.h counts"
+
+
+@pytest.mark.slow
+def test_the_plugin_compiles_with_other_headers(tmp_path):
+    """TENSORRT_INCLUDE_DIRS: include folders of releases (github.com/NVIDIA/TensorRT), separated by colons."""
+    folders = os.environ.get("TENSORRT_INCLUDE_DIRS")
+    if not folders:
+        pytest.skip("TENSORRT_INCLUDE_DIRS names no other TensorRT headers")
+    for folder in folders.split(":"):
+        command = [nvcc(), "-std=c++17", "-arch=sm_80", "-shared", "-Xcompiler=-fPIC,-Wall,-Wextra,-Werror"]
+        run(*command, "-isystem", folder, "-o", tmp_path / "plugin.so", SOURCE / "src" / "plugin.cu")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
