@@ -1,10 +1,12 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace sslc {
 namespace {
@@ -52,12 +54,15 @@ void for_ranges(const Parallel& parallel, int64_t count, int64_t piece, const Bo
       static_cast<size_t>(pieces), &task);
 }
 
-// Rows per task when the weights are streamed. At least 128 KiB of weights per task: shorter streams do not reach the
-// bandwidth of memory (measured). A power of two of tasks, up to 64, divides well among the usual numbers of threads.
+// Rows per task when the weights are streamed: one task per thread, or several of at least 1 MiB. A stream prefetches
+// 16 KiB beyond its end for nothing, and takes a while to come up to the bandwidth of memory: few long ones are best.
 int64_t rows_per_task(int64_t rows, double bytes_per_row) {
-  int64_t tasks = 1;
-  while (tasks < 64 && static_cast<double>(rows) * bytes_per_row > static_cast<double>(tasks) * 2 * 131072) tasks *= 2;
-  return std::max<int64_t>(round_up((rows + tasks - 1) / tasks, 4), 4);
+  // The runtime does not tell how many threads it has. It rarely has more than this.
+  static const double threads = std::max(1.0, static_cast<double>(std::thread::hardware_concurrency()));
+  const double bytes = static_cast<double>(rows) * bytes_per_row;
+  const double most = threads * std::max(1.0, std::floor(bytes / threads / (1 << 20)));
+  const double tasks = std::clamp(std::floor(bytes / 65536), 1.0, most);
+  return std::max<int64_t>(round_up(static_cast<int64_t>(std::ceil(static_cast<double>(rows) / tasks)), 4), 4);
 }
 
 std::string text(int64_t number) { return std::to_string(number); }

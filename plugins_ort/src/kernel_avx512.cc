@@ -19,6 +19,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // On Zen 5 an expand instruction waits for the old value of its result register even where the mask zeroes it: 5 cycles
 // instead of 1 when a register is used again. Hence the merge into a fresh zero; the empty asm statement keeps

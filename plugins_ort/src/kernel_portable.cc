@@ -28,6 +28,7 @@ inline int count_bits(uint64_t word) {
   return static_cast<int>(word * 0x0101010101010101 >> 56);
 }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 template <int Size>
 inline float value_at(const uint8_t* p) {

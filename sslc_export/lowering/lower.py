@@ -22,6 +22,7 @@ from sslc_common.errors import InputError
 from sslc_common.files import atomic_path, sha256
 from sslc_export import __version__
 from sslc_export.lowering import names, op
+from sslc_export.lowering.attention import absorb_cache
 from sslc_export.lowering.trace import empty_model, trace
 from sslc_export.lowering.weights import attach, placed, require_known_types
 
@@ -48,7 +49,11 @@ class LoweringReport:
 
 
 def lower(
-    folder: Path, out: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress
+    folder: Path,
+    out: Path,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress,
+    *,
+    cache_in_attention: bool = True,
 ) -> LoweringReport:
     """Writes the ONNX model of a Hugging Face folder. Weights stay in its .safetensors files.
 
@@ -59,6 +64,7 @@ def lower(
         folder: A dense or compressed Hugging Face folder.
         out: The .onnx file to write.
         progress: Shows the steps.
+        cache_in_attention: Whether Attention appends to the cache and splits heads (sslc_export.lowering.attention).
 
     Raises:
         InputError: the folder is damaged or its architecture not supported, or `out` cannot be written.
@@ -77,6 +83,10 @@ def lower(
     model = trace(skeleton, checkpoint)
     next(steps)
     _simplify(model)
+    if cache_in_attention:
+        config = skeleton.config.get_text_config()
+        heads = config.num_attention_heads
+        absorb_cache(model, heads, getattr(config, "num_key_value_heads", None) or heads)
     next(steps, None)
     kernel_layers = _name_our_nodes(model)
     if sorted(kernel_layers) != sorted(checkpoint.layers):
