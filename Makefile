@@ -1,6 +1,7 @@
 # make demo    a real model, compressed, exported, run and judged
 # make test    every fast test          make test-slow   the others
 # make lint    ruff and mypy            make bench       benchmarks against peers
+# make plugin  the TensorRT plugin
 # Each sets up what it needs: a virtual environment in .venv, the dependencies, the native library.
 
 PYTHON ?= python3
@@ -10,10 +11,19 @@ TORCH ?= torch==2.13.0
 export PYTHON VENV TORCH
 
 NATIVE := CMakeLists.txt $(wildcard plugins_ort/src/*)
+PLUGIN := plugins_trt/CMakeLists.txt $(wildcard plugins_trt/src/*)
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup plugin demo test test-slow lint bench clean
 
+# What only TensorRT needs may fail: engines for CPUs are built without it, and sslc-doctor says what is missing.
 setup: $(VENV)/.ready
+	@$(MAKE) --no-print-directory plugin || echo "setup: without the TensorRT plugin, engine.plan cannot be built here"
+
+plugin: $(VENV)/.plugin
+
+$(VENV)/.plugin: $(VENV)/.ready scripts/plugin.sh $(PLUGIN)
+	@sh scripts/plugin.sh
+	@touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh $(NATIVE)
 	@sh scripts/setup.sh

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compress.rules import FREE, parse_rule
 from sslc_common.errors import InputError
 
 
@@ -55,6 +56,8 @@ class CompressOptions:
         rank_share: Share of the room for values that goes to U and V; None for the rank that pays in each layer, often
             0, and always 0 with a uniform allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
+        mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
+            A layer that would keep more than CAP/GROUP of its entries keeps as many as the rule allows.
         calibration: Text files, folders of .txt files, or Hugging Face dataset names, mixed evenly.
         calibration_tokens: How many tokens of them are used; an eighth is held out to measure errors.
         sequence_length: Tokens per calibration sequence.
@@ -76,6 +79,7 @@ class CompressOptions:
     values_dtype: str = "f32"
     rank_share: float | None = None
     rank: int | None = None
+    mask_rule: str = FREE
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 32768
     sequence_length: int = 512
@@ -90,6 +94,7 @@ class CompressOptions:
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
         _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
+        parse_rule(self.mask_rule)
         if self.rank_share is not None and not 0 <= self.rank_share <= 1:
             raise InputError("The rank share is out of range", got=self.rank_share, allowed="0 ≤ rank_share ≤ 1")
         if self.rank is not None and self.rank < 0:

@@ -22,6 +22,8 @@ class LayerReport:
         dense_bytes: Weight and bias dense, at the same value type.
         error: ‖(W − S − U·V)X‖ / ‖W·X‖ on calibration sequences that the solver did not see; None without calibration.
         seconds: Spent on solving it.
+        mask_cost: What the mask rule costs: energy |W|²·d² (d the inputs' rms, 1 without calibration) that it leaves
+            out, over what a free mask of as many values leaves out, less 1; None without a rule.
         dense_reason: Why the layer stays dense; empty if it does not.
     """
 
@@ -34,6 +36,7 @@ class LayerReport:
     dense_bytes: int
     error: float | None = None
     seconds: float = 0.0
+    mask_cost: float | None = None
     dense_reason: str = ""
 
     @property
@@ -95,9 +98,16 @@ class CompressReport:
         """What the linear layers came to, in the papers' count."""
         return sum(layer.parameters for layer in self.layers) / sum(layer.N * layer.K for layer in self.layers)
 
+    @property
+    def mask_cost(self) -> float | None:
+        """Mean of the layers' `mask_cost`, None without a rule."""
+        costs = [layer.mask_cost for layer in self.layers if layer.mask_cost is not None]
+        return sum(costs) / len(costs) if costs else None
+
     def to_json(self) -> dict[str, Any]:
         """All of it, totals included, ready for JSON."""
-        totals = {key: getattr(self, key) for key in ("bytes", "dense_bytes", "budget_in_bytes", "budget_in_params")}
+        keys = ("bytes", "dense_bytes", "budget_in_bytes", "budget_in_params", "mask_cost")
+        totals = {key: getattr(self, key) for key in keys}
         rows = [asdict(layer) | {"density": layer.density} for layer in self.layers]
         return asdict(self) | totals | {"layers": rows}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from compress.methods import (
     cap,
     fwsvd,
     hassle_free,
+    linalg,
     magnitude,
+    masks,
     oats,
     sparsegpt,
     sslc,
@@ -30,6 +33,7 @@ from compress.methods import (
 )
 from compress.options import VALUE_BYTES, CompressOptions
 from compress.report import LayerReport
+from compress.rules import MaskRule, parse_rule
 
 SOLVERS: dict[str, Any] = {
     "magnitude": magnitude.solve,
@@ -67,6 +71,9 @@ def compress_block(
         if plan.dense_reason:
             rows.append(LayerReport(full, N, K, 0, N * K, dense, dense, dense_reason=plan.dense_reason))
             continue
+        rule = parse_rule(options.mask_rule)
+        if rule and plan.nnz > rule.most(N, K):
+            plan = replace(plan, nnz=rule.most(N, K))
         began = time.perf_counter()
         W = output_rows(linear, linear.weight).contiguous()  # type: ignore[arg-type]
         rows_fisher = importance[full].outputs if full in importance else None
@@ -82,6 +89,7 @@ def compress_block(
                 dense_bytes=dense,
                 error=_held_out_error(W, compressed, inputs[layer].held_out) if layer in inputs else None,
                 seconds=time.perf_counter() - began,
+                mask_cost=_mask_cost(W, inputs.get(layer), plan.nnz, rule) if rule else None,
             )
         )
         del stored[f"{full}.weight"]
@@ -110,7 +118,8 @@ def _solve(
         torch.manual_seed(options.seed + zlib.crc32(name.encode()))
         gram = None if inputs is None else inputs.gram
         scale = torch.ones(W.shape[0], 1) if fisher is None else _row_scale(fisher)
-        mask, S, U, V = SOLVERS[options.method](scale * W.detach(), gram, plan.nnz, plan.rank)
+        with masks.in_force(parse_rule(options.mask_rule)):
+            mask, S, U, V = SOLVERS[options.method](scale * W.detach(), gram, plan.nnz, plan.rank)
     parts = (S / scale, U / scale, V)
     S, U, V = (part.to(_VALUE_DTYPES[options.values_dtype]).contiguous() for part in parts)
     for part in (S, U, V):
@@ -128,3 +137,10 @@ def _held_out_error(W: Tensor, layer: LowRankSparseLinear, X: Tensor) -> float:
     """‖(W − S − U·V)X‖ / ‖W·X‖ for X [tokens, K]."""
     dense = float((X @ W.T).norm())
     return float((X @ (W - layer.weight).T).norm()) / dense if dense else 0.0
+
+
+def _mask_cost(W: Tensor, inputs: LayerInputs | None, nnz: int, rule: MaskRule) -> float:
+    scores = W.detach().abs()
+    if inputs is not None and inputs.gram is not None:
+        scores = scores * linalg.input_norms(inputs.gram)
+    return masks.cost(scores, nnz, rule)

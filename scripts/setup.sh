@@ -30,5 +30,5 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
     $pip $TORCH
 fi
 say "dependencies and native library"
-$pip --constraint constraints.txt --editable ".[dev]"
+$pip --constraint constraints.txt --editable ".[dev,tensorrt]"
 touch "$VENV/.ready"

@@ -7,10 +7,13 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sslc_common.errors import UserError
+
+CPU, BUILD, RUN = "engine.onnx", "engine.plan, built here", "engine.plan, run here"
+PATHS = (CPU, BUILD, RUN)  # what can be done on a machine
 
 
 @dataclass(frozen=True)
@@ -22,26 +25,26 @@ class Finding:
         found: What was found, None if it is missing.
         enables: What it is good for.
         get: How to get it, or why it was refused.
-        required: Whether `sslc-export --out engine.onnx` needs it.
+        needed_for: Which of PATHS cannot do without it.
     """
 
     name: str
     found: str | None
     enables: str
     get: str
-    required: bool = False
+    needed_for: tuple[str, ...] = ()
 
 
 def examine() -> Iterator[Finding]:
     """Yields all findings, the ones that the CPU path needs first."""
-    yield Finding("machine", _machine(), "threads and memory of the CPU engine", "", required=True)
-    for package, enables in (
-        ("torch", "compression, the reference that engines are compared with"),
-        ("transformers", "loading models and tokenizers"),
-        ("onnxscript", "lowering to ONNX"),
-        ("onnxruntime", "engine.onnx on CPUs"),
+    yield Finding("machine", _machine(), "threads and memory of the CPU engine", "")
+    for package, enables, needed_for in (
+        ("torch", "compression, the reference that engines are compared with", PATHS),
+        ("transformers", "loading models and tokenizers", PATHS),
+        ("onnxscript", "lowering to ONNX", (CPU, BUILD)),
+        ("onnxruntime", "engine.onnx on CPUs", (CPU,)),
     ):
-        yield Finding(package, _version(package), enables, f"pip install {package}", required=True)
+        yield Finding(package, _version(package), enables, f"pip install {package}", needed_for)
     yield _cpu_kernel()
     yield Finding(
         "compiler",
@@ -51,10 +54,17 @@ def examine() -> Iterator[Finding]:
     )
     yield Finding("gguf", _version("gguf"), "--model FILE.gguf", "pip install gguf")
     yield Finding("datasets", _version("datasets"), "calibration on Hugging Face datasets", "pip install datasets")
-    yield Finding("CUDA device", _cuda_device(), "running engine.plan", "a machine with an NVIDIA GPU and its driver")
-    yield Finding("nvcc", shutil.which("nvcc"), "building the TensorRT plugin", "the CUDA toolkit")
-    tensorrt = next((f"{p} {_version(p)}" for p in ("tensorrt", "tensorrt_rtx") if _version(p)), None)
-    yield Finding("tensorrt", tensorrt, "building engine.plan", "pip install tensorrt-rtx-cu13")
+    tensorrt = next((f"{p} {_version(p)}" for p in ("tensorrt_rtx", "tensorrt") if _version(p)), None)
+    yield Finding("tensorrt", tensorrt, "engine.plan", "pip install tensorrt-rtx-cu13", (BUILD, RUN))
+    yield _tensorrt_plugin()
+    device = "a machine with an NVIDIA GPU, its driver, and a CUDA build of torch"
+    yield Finding("CUDA device", _cuda_device(), "running engine.plan (building needs none)", device, (RUN,))
+
+
+def paths(findings: Iterable[Finding]) -> dict[str, list[str]]:
+    """What each of PATHS lacks."""
+    missing = [finding for finding in findings if finding.found is None]
+    return {path: [finding.name for finding in missing if path in finding.needed_for] for path in PATHS}
 
 
 def _machine() -> str:
@@ -82,9 +92,20 @@ def _cpu_kernel() -> Finding:
 
     enables = "engine.onnx at full speed; without it the same file runs on standard ops, slowly"
     try:
-        return Finding("CPU kernel", f"{kernel_name()} in {library_path()}", enables, "", required=True)
+        return Finding("CPU kernel", f"{kernel_name()} in {library_path()}", enables, "", (CPU,))
     except UserError as error:
-        return Finding("CPU kernel", None, enables, str(error), required=True)
+        return Finding("CPU kernel", None, enables, str(error).rstrip("."), (CPU,))
+
+
+def _tensorrt_plugin() -> Finding:
+    from plugins_trt.library import headers_version, library_path
+
+    enables = "building engine.plan, which then has it inside"
+    try:
+        path = library_path()
+        return Finding("plugin", f"{path}, for TensorRT {headers_version(path)} and later", enables, "", (BUILD,))
+    except UserError as error:
+        return Finding("plugin", None, enables, str(error).rstrip("."), (BUILD,))
 
 
 def _cuda_device() -> str | None:

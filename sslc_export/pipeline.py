@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sslc_common.errors import PASSED, InputError, MissingError
+from sslc_common.errors import PASSED, InputError
 from sslc_common.files import atomic_path
 from sslc_export import console
 from sslc_export.model import resolve
@@ -22,6 +22,8 @@ from sslc_export.recipe import (
 
 if TYPE_CHECKING:
     from compress.report import CompressReport
+    from sslc_export.lowering.lower import LoweringReport
+    from sslc_export.record import Opened
     from validate.latency import LatencyOptions
     from validate.verdict import Verdict
 
@@ -39,18 +41,25 @@ def export(recipe: ExportRecipe) -> int:
         MissingError: the engine's backend is not here.
     """
     out = Path(recipe.out)
-    require_onnx(out)
-    if out.exists() and not recipe.overwrite:
-        raise InputError(f"{out} exists already", do="Choose another --out, or pass --overwrite")
+    require_known(out)
+    graph = out.with_suffix(".onnx")  # a plan's too: it stays beside the plan, and runs on CPUs
+    for path in (out, graph):
+        if path.exists() and not recipe.overwrite:
+            raise InputError(f"{path} exists already", do="Choose another --out, or pass --overwrite")
+    if out.suffix != ".plan" and (recipe.target or recipe.triton):
+        raise InputError("--target and --triton are for TensorRT", got=out, allowed="an --out that ends in .plan")
     source = resolve(recipe.model)
     # Only now what takes seconds to import: a wrong path is answered at once.
+    from sslc_export import plans
     from sslc_export.lowering.lower import lower
     from sslc_export.record import write_record
 
+    shapes = plans.shapes_for(recipe, _longest(source)) if out.suffix == ".plan" else None
     checkpoint, dense = _compressed(source, recipe, out)
-    with console.stage(f"lower {checkpoint} to {out}"):
-        lowered = lower(checkpoint, out, console.progress)
-    write_record(out, checkpoint, lowered, recipe)
+    with console.stage(f"lower {checkpoint} to {graph}"):
+        lowered = lower(checkpoint, graph, console.progress)
+    plan = plans.build(lowered, out, recipe, shapes) if shapes else None
+    write_record(out, checkpoint, lowered, recipe, plan)
     save_recipe(recipe, out.with_suffix(".recipe.yaml"))
     if recipe.skip_validation:
         console.note(f"{out} was built; nothing was validated")
@@ -73,25 +82,19 @@ def validate_only(recipe: ValidateCommand) -> int:
     """Validates an engine that was built before; returns the exit code."""
     engine = Path(recipe.engine)
     if not engine.is_file():
-        raise InputError(f"There is no engine {engine}", allowed="the .onnx file that sslc-export wrote")
-    require_onnx(engine)
+        raise InputError(f"There is no engine {engine}", allowed="the .onnx or .plan file that sslc-export wrote")
+    require_known(engine)
     dense = resolve(recipe.reference) if recipe.reference else None
     return _report(_validate(engine, dense, recipe), recipe, engine)
 
 
-def require_onnx(engine: Path) -> None:
-    """Refuses engines of a kind that cannot be built here."""
-    if engine.suffix == ".plan":
-        raise MissingError(
-            f"{engine} would be a TensorRT engine, which this version cannot build",
-            allowed=".onnx, for ONNX Runtime on CPUs",
-            do="Choose an --out that ends in .onnx",
-        )
-    if engine.suffix != ".onnx":
+def require_known(engine: Path) -> None:
+    """Refuses suffixes that name no engine."""
+    if engine.suffix not in (".onnx", ".plan"):
         raise InputError(
             f"The suffix of {engine} names no engine",
             got=engine.suffix or "no suffix",
-            allowed=".onnx, for ONNX Runtime on CPUs",
+            allowed=".onnx for ONNX Runtime on CPUs, .plan for TensorRT",
         )
 
 
@@ -138,10 +141,10 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     import compress
     from compress.calibration import read_tokens
     from compress.layer import keep_decoded
-    from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
+    from sslc_export import plans
     from sslc_export.engines.pytorch import TorchEngine
     from sslc_export.lowering.lower import lower
-    from sslc_export.record import engine_record, layer_records, ledger, read_record
+    from sslc_export.record import layer_records, read_record
     from validate.limits import load_limits
     from validate.run import Options, validate
 
@@ -164,25 +167,41 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
         if dense is not None:
             with console.stage(f"lower {dense} for comparison"):
                 twin = lower(dense, Path(folder) / "dense.onnx", console.progress)
+        if path.suffix == ".plan":
+            limits = plans.limits_of(limits, record["tensorrt"])
+            if reason := plans.why_not_executed():
+                return plans.unexecuted(reason, path, record, twin, limits)
         with console.stage("validate"):
             model = compress.load(checkpoint, dtype=torch.float32)  # first: it verifies every tensor
             keep_decoded(model)
-            sizes = ledger(record, path, twin, recipe.threads)
-            engine = OnnxRuntimeEngine(path, threads=recipe.threads, name="compressed")
-            if engine.fallback_reason:
-                console.note(f"the kernel does not run: {engine.fallback_reason}")
+            opened = (plans.open_engines if path.suffix == ".plan" else _open_engines)(
+                path, record, twin, recipe.threads
+            )
             return validate(
-                engine,
-                dense=OnnxRuntimeEngine(twin.path, threads=recipe.threads, name="dense") if twin else None,
+                opened.engine,
+                dense=opened.dense,
                 reference=TorchEngine(model),
                 held_out=np.asarray(held_out),
                 limits=limits,
                 options=Options(latency=latency),
-                sizes=sizes,
-                record=engine_record(record, engine, path),
+                sizes=opened.sizes,
+                record=opened.about,
                 layers=layer_records(checkpoint),
                 progress=console.progress,
             )
+
+
+def _open_engines(path: Path, record: dict[str, Any], twin: LoweringReport | None, threads: int | None) -> Opened:
+    """The .onnx engine and its dense twin in ONNX Runtime."""
+    from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
+    from sslc_export.record import Opened, engine_record, ledger
+
+    sizes = ledger(record, path, twin, threads)
+    engine = OnnxRuntimeEngine(path, threads=threads, name="compressed")
+    if engine.fallback_reason:
+        console.note(f"the kernel does not run: {engine.fallback_reason}")
+    dense = OnnxRuntimeEngine(twin.path, threads=threads, name="dense") if twin else None
+    return Opened(engine, dense, sizes, engine_record(record, engine, path))
 
 
 def _latency_options(checkpoint: Path, recipe: ValidateRecipe) -> LatencyOptions:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from compress.options import METHODS, CompressOptions
 from sslc_common.errors import InputError
@@ -56,6 +56,11 @@ class CompressRecipe(_Recipe):
         le=1,
         description="share of a layer's budget that goes to U and V (default: what pays in each layer, often nothing)",
     )
+    mask_rule: str = Field(
+        _DEFAULT.mask_rule,
+        description="free, or CAP:GROUP, for example 32:64: at most CAP values in each aligned GROUP columns of a row, "
+        "for the fastest GPU layouts (docs/kernel-gpu.md)",
+    )
     calibration: list[str] = Field(
         default_factory=list,
         description="text to calibrate on: a file, a folder of .txt, or a Hugging Face dataset name; may be "
@@ -99,7 +104,29 @@ class ValidateRecipe(_Recipe):
     report: str | None = Field(None, description="folder of the report (default: report/ beside the engine)")
 
 
-class ExportRecipe(CompressRecipe, ValidateRecipe):
+class PlanRecipe(_Recipe):
+    """How engine.plan is built for TensorRT; engine.onnx takes none of these."""
+
+    target: list[str] = Field(
+        default_factory=list,
+        description="GPU architectures to build for, for example sm_86,sm_89; may be repeated (default: those that "
+        "TensorRT-RTX chooses, or with TensorRT the GPU of this machine)",
+    )
+    activations: Literal["f16", "bf16"] = Field("f16", description="type of activations and of dense weights")
+    max_batch: int = Field(1, gt=0, description="most sequences at a time")
+    max_prompt: int = Field(512, gt=0, description="most new tokens of a sequence in one call")
+    max_context: int | None = Field(
+        None, gt=0, description="most tokens of a sequence, past and new (default: 2048, or what the model takes)"
+    )
+    triton: str | None = Field(None, description="folder to write a Triton Inference Server repository to")
+
+    @field_validator("target")
+    @classmethod
+    def _split(cls, given: list[str]) -> list[str]:
+        return [name.strip() for item in given for name in item.split(",")]
+
+
+class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
     """Everything that `sslc-export` needs."""
 
     model: str = Field(description="a Hugging Face folder, a hub id, a .gguf file, or a folder that sslc-compress made")
@@ -123,7 +150,7 @@ class CompressCommand(CompressRecipe):
 class ValidateCommand(ValidateRecipe):
     """Everything that `sslc-validate` needs."""
 
-    engine: str = Field(description="the engine.onnx that sslc-export wrote")
+    engine: str = Field(description="the engine.onnx or engine.plan that sslc-export wrote")
     reference: str | None = Field(
         None,
         description="the dense model: a Hugging Face folder, a hub id or a .gguf file; without it the engine is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,27 +15,53 @@ from sslc_export.recipe import ExportRecipe
 
 if TYPE_CHECKING:
     from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
+    from sslc_export.engines.tensorrt import BuildReport
     from sslc_export.lowering.lower import LoweringReport
+    from validate.engine import Engine
     from validate.size import SizeLedger
     from validate.verdict import EngineRecord, LayerRecord
 
 RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine to validate, as it runs.
+
+    Attributes:
+        engine: The compressed one.
+        dense: Its dense twin, if there is one.
+        sizes: Of both.
+        about: What the record says about the engine.
+    """
+
+    engine: Engine
+    dense: Engine | None
+    sizes: SizeLedger
+    about: EngineRecord
+
+
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")
 
 
 def record_path(engine: Path) -> Path:
-    """Where the record of an engine is: engine.onnx → engine.json."""
+    """Where the record of an engine is: engine.onnx and engine.plan → engine.json."""
     return engine.with_suffix(".json")
 
 
-def write_record(engine: Path, checkpoint: Path, lowered: LoweringReport, recipe: ExportRecipe) -> None:
-    """Writes the record beside the engine. The same inputs and versions give the same bytes: it holds no date."""
+def write_record(
+    engine: Path, checkpoint: Path, lowered: LoweringReport, recipe: ExportRecipe, plan: BuildReport | None = None
+) -> None:
+    """Writes the record beside the engine. The same inputs and versions give the same bytes: it holds no date.
+
+    With a plan the record describes two engines: the plan, and the .onnx beside it that it was built from.
+    """
     folder = engine.parent
-    files = [engine, *lowered.external_files]
+    files = [lowered.path, *lowered.external_files, *([plan.path] if plan else [])]
     record = {
         "record_version": RECORD_VERSION,
         "engine": engine.name,
-        "runtime": "onnxruntime",
+        "runtime": plan.runtime if plan else "onnxruntime",
         "model": recipe.model,
         "checkpoint": _relative(checkpoint, folder),
         "kernel_layers": list(lowered.kernel_layers),
@@ -43,6 +70,10 @@ def write_record(engine: Path, checkpoint: Path, lowered: LoweringReport, recipe
         "files": {_relative(file, folder): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
         "versions": {"sslc-export": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+    if plan:
+        from sslc_export import plans
+
+        record["tensorrt"] = plans.describe(plan, lowered, _report(checkpoint))
     with atomic_path(record_path(engine)) as temporary:
         temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
@@ -60,14 +91,14 @@ def read_record(engine: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
         version, files = record["record_version"], record["files"]
-        checkpoint, graph = record["checkpoint"], files[engine.name]["sha256"]
+        checkpoint, digest = record["checkpoint"], files.get(engine.name, {}).get("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"The build record {path} is damaged", got=repr(error), do=rebuild) from error
     if version != RECORD_VERSION:
         raise InputError(
             f"The build record {path} has an unknown version", got=version, allowed=str(RECORD_VERSION), do=rebuild
         )
-    if sha256(engine) != graph:
+    if sha256(engine) != digest:
         raise InputError(f"{engine} is not the engine that {path.name} describes", got="another SHA-256", do=rebuild)
     for name, entry in files.items():
         file = engine.parent / name
@@ -102,10 +133,9 @@ def engine_record(record: dict[str, Any], engine: OnnxRuntimeEngine, path: Path)
 
 def layer_records(checkpoint: Path) -> list[LayerRecord]:
     """The compression report of a compressed folder, as the verdict's layer table."""
-    from compress.pipeline import REPORT
     from validate.verdict import LayerRecord
 
-    rows = json.loads((checkpoint / REPORT).read_bytes())["layers"]
+    rows = _report(checkpoint)["layers"]
     names = ("name", "rank", "density", "bytes", "dense_bytes", "error")
     return [LayerRecord(**{name: row[name] for name in names}) for row in rows]
 
@@ -115,7 +145,7 @@ def ledger(record: dict[str, Any], engine: Path, twin: LoweringReport | None, th
     from sslc_export.engines.memory import resident_bytes
     from validate.size import Bytes, SizeLedger, file_bytes
 
-    files = [engine.parent / name for name in record["files"]]
+    files = [engine.parent / name for name in record["files"] if not name.endswith(".plan")]
     layers = layer_records(engine.parent / record["checkpoint"])
     return SizeLedger(
         engine=Bytes(file_bytes([twin.path, *twin.external_files]) if twin else None, file_bytes(files)),
@@ -125,6 +155,12 @@ def ledger(record: dict[str, Any], engine: Path, twin: LoweringReport | None, th
         ),
         memory=Bytes(resident_bytes(twin.path, threads) if twin else None, resident_bytes(engine, threads)),
     )
+
+
+def _report(checkpoint: Path) -> dict[str, Any]:
+    from compress.pipeline import REPORT
+
+    return dict(json.loads((checkpoint / REPORT).read_bytes()))
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from validate import environment
 from validate.accuracy import Accuracy, perplexity, perplexity_ratio
 from validate.engine import Engine
-from validate.latency import COMPRESSED, DENSE, LatencyOptions, measure
+from validate.latency import COMPRESSED, DENSE, Latency, LatencyOptions, measure
 from validate.limits import Limits
-from validate.numerics import NumericsOptions, compare
+from validate.numerics import Numerics, NumericsOptions, compare
 from validate.progress import Progress, silent
 from validate.size import SizeLedger
 from validate.verdict import EngineRecord, LayerRecord, Results, Verdict, judge
@@ -100,10 +100,37 @@ def validate(
         if dense is None:
             skipped["latency.dense"] = "no dense engine was given"
 
+    record = record or EngineRecord(engine.name)
+    return judge(_results(record, sizes, layers, skipped, numerics, accuracy, latency), limits)
+
+
+def unexecuted(
+    reason: str,
+    *,
+    record: EngineRecord,
+    limits: Limits | None = None,
+    sizes: SizeLedger | None = None,
+    layers: Sequence[LayerRecord] = (),
+) -> Verdict:
+    """The verdict on an engine that cannot run here: its size, and `reason` for all that was not measured."""
+    sizes = sizes or SizeLedger()
+    skipped = dict.fromkeys(("numerics", "accuracy", "latency"), reason)
+    return judge(_results(record, sizes, layers, skipped), limits or Limits())
+
+
+def _results(
+    record: EngineRecord,
+    sizes: SizeLedger,
+    layers: Sequence[LayerRecord],
+    skipped: dict[str, str],
+    numerics: Numerics | None = None,
+    accuracy: Accuracy | None = None,
+    latency: Latency | None = None,
+) -> Results:
     if sizes.ratio is None:
         skipped["size"] = "the sizes of the engine and of a dense one were not both given"
-    results = Results(
-        engine=record or EngineRecord(engine.name),
+    return Results(
+        engine=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment.describe(),
         numerics=numerics,
@@ -113,7 +140,6 @@ def validate(
         layers=tuple(layers),
         skipped=skipped,
     )
-    return judge(results, limits)
 
 
 def _accuracy(engine: Engine, dense: Engine | None, chunks: np.ndarray, batch: int, progress: Progress) -> Accuracy:

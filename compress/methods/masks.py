@@ -1,15 +1,34 @@
-"""Choosing exactly k entries by score."""
+"""Choosing exactly k entries by score, under the mask rule that is in force."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compress.rules import MaskRule
+
+_IN_FORCE: ContextVar[MaskRule | None] = ContextVar("mask_rule", default=None)
+
+
+@contextmanager
+def in_force(rule: MaskRule | None) -> Iterator[None]:
+    """Every mask that a method chooses in the block obeys the rule; the methods themselves know nothing of it."""
+    token = _IN_FORCE.set(rule)
+    try:
+        yield
+    finally:
+        _IN_FORCE.reset(token)
+
 
 def top_overall(scores: Tensor, k: int) -> Tensor:
-    """Bool [N, K] with exactly k entries: the largest of the whole matrix; ties go to the first."""
-    return _top(scores.reshape(1, -1), k).view(scores.shape)
+    """Bool [N, K] with exactly k entries: the largest of the whole matrix under the rule; ties go to the first."""
+    return _top(project(scores, _IN_FORCE.get()).reshape(1, -1), k).view(scores.shape)
 
 
 def top_per_row(scores: Tensor, k: int) -> Tensor:
@@ -17,7 +36,7 @@ def top_per_row(scores: Tensor, k: int) -> Tensor:
 
     Row n gets ⌊k(n+1)/N⌋ − ⌊kn/N⌋ of them, so that the rows with one more are spread evenly.
     """
-    N = scores.shape[0]
+    N, scores = scores.shape[0], project(scores, _IN_FORCE.get())
     ends = torch.arange(N + 1) * k // N
     counts = ends[1:] - ends[:-1]
     mask = torch.empty(scores.shape, dtype=torch.bool)
@@ -25,6 +44,33 @@ def top_per_row(scores: Tensor, k: int) -> Tensor:
         rows = counts == count
         mask[rows] = _top(scores[rows], count)
     return mask
+
+
+def project(scores: Tensor, rule: MaskRule | None) -> Tensor:
+    """Scores [N, K] with −∞ for all but the best `cap` of each group, ties going to the first.
+
+    The best k of the result are the best k under the rule, for any k up to `rule.most`.
+    """
+    if rule is None:
+        return scores
+    padded = torch.nn.functional.pad(scores, (0, -scores.shape[1] % rule.group), value=-math.inf)
+    kept = _top(padded.reshape(-1, rule.group), rule.cap).view(padded.shape)[:, : scores.shape[1]]
+    return scores.masked_fill(~kept, -math.inf)
+
+
+def cost(scores: Tensor, k: int, rule: MaskRule) -> float:
+    """Energy that the best k entries under the rule leave out, over what the best k of all leave out, less 1.
+
+    Args:
+        scores: [N, K], not negative; energy is their square.
+        k: Entries kept; at most `rule.most`.
+        rule: The rule.
+    """
+    energy = scores.double().square()
+    free, ruled = (
+        float(energy[~_top(project(scores, r).reshape(1, -1), k).view(scores.shape)].sum()) for r in (None, rule)
+    )
+    return ruled / free - 1 if free else 0.0
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

@@ -16,6 +16,8 @@ from sslc_export.recipe import load_recipe
 
 R = typing.TypeVar("R", bound=BaseModel)
 
+_METAVARS = {"exclude": "GLOB", "target": "SM"}
+
 
 def parse(kind: type[R], argv: Sequence[str] | None, description: str, examples: str) -> R:
     """Parses flags, and a `--recipe` if one is given, into a recipe.
@@ -59,7 +61,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, kind: type[BaseModel]) 
     elif typing.get_origin(annotation) is typing.Literal:
         group.add_argument(flag, choices=typing.get_args(annotation), help=text)
     elif typing.get_origin(annotation) is list:
-        group.add_argument(flag, action="append", metavar="TEXT" if name != "exclude" else "GLOB", help=text)
+        group.add_argument(flag, action="append", metavar=_METAVARS.get(name, "TEXT"), help=text)
     else:
         # Numbers stay strings here: the recipe converts them, so that a flag and a file give the same error.
         metavar = {int: "N", float: "X"}.get(annotation, "PATH") if isinstance(annotation, type) else "X"

@@ -31,4 +31,8 @@ def _doctor() -> int:
     for finding in findings:
         state = "ok     " if finding.found else "missing"
         console.out(f"{state}  {finding.name:<13} {finding.found or f'{finding.get}, for {finding.enables}'}")
-    return MISSING if any(f.required and f.found is None for f in findings) else PASSED
+    console.out("")
+    lacking = doctor.paths(findings)
+    for path, missing in lacking.items():
+        console.out(f"{path:<25} {'needs ' + ', '.join(missing) if missing else 'ready'}")
+    return MISSING if lacking[doctor.CPU] else PASSED

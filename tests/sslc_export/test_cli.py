@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from sslc_export.doctor import BUILD, CPU, RUN, Finding, paths
+
 COMMANDS = ["export", "compress", "validate", "doctor"]
 
 
@@ -62,6 +64,12 @@ def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(tmp_path, co
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_what_each_path_lacks():
+    found = Finding("CPU kernel", "here", "", "", (CPU,))
+    findings = [found, Finding("plugin", None, "", "", (BUILD,)), Finding("CUDA device", None, "", "", (RUN,))]
+    assert paths(findings) == {CPU: [], BUILD: ["plugin"], RUN: ["CUDA device"]}
 
 
 def test_doctor_lists_the_cpu_path(tmp_path):

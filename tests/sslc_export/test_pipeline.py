@@ -142,12 +142,6 @@ def test_what_exists_is_not_overwritten(built, tiny_folder, capsys):
     assert (built[0] / "engine.onnx").read_bytes() == before
 
 
-def test_a_plan_cannot_be_built_yet(tiny_folder, tmp_path, capsys):
-    assert export.main(["--model", str(tiny_folder), "--out", str(tmp_path / "engine.plan")]) == 3
-    assert "TensorRT" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_compressed_model_is_not_compressed_again(built, tmp_path, capsys):
     assert compress.main(["--model", str(built[0] / "engine"), "--out", str(tmp_path / "again")]) == 2
     assert "compressed already" in capsys.readouterr().err

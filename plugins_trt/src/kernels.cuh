@@ -1,0 +1,393 @@
+// Y = X (S + U V)ᵀ + bias.
+//
+//   decode   few tokens: streams the packed weights once and multiplies as it decodes. The low-rank part is no epilogue:
+//            [S | U] is one matrix with K + R columns, [X | t] its input, and the same accumulators take both.
+//            With the layout Dense it is also the kernel for t = X Vᵀ.
+//   reduce   adds the partial sums of split-K in a fixed order: the same bits every time.
+//   expand   many tokens: writes S once as a dense matrix in fragment order ...
+//   gemm     ... which this multiplies, again with U as a K-extension.
+//   convert  activations that gemm cannot copy 16 bytes at a time (f32, or K not a multiple of 64) to padded 16-bit rows.
+//
+// Accumulation is in f32. Activations in f32 are rounded to the weights' 16-bit type on the way into the mma; the output
+// is written from the f32 accumulators. N, K and the rank may be anything: weights are padded with zeros when they are
+// packed, and activations are filled with zeros here, since a padding weight times whatever lies behind a row is not 0
+// when that is NaN.
+#pragma once
+
+#include "layouts.cuh"
+
+namespace sslc {
+
+SSLC_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+SSLC_HOST_DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
+
+// ---- the pipeline of tiles -----------------------------------------------------------------------------------------
+
+// One warp's private ring of tiles in shared memory, filled by asynchronous copies kStages - 1 tiles ahead. Because it
+// is private, a __syncwarp per tile is the only barrier in the main loop.
+template <class Layout> struct Ring {
+  const unsigned char* weights;  // all tiles
+  const int32_t* offsets;        // where this warp's next tile starts and ends, in 16 bytes (layouts with a table only)
+  unsigned char* ring;
+  int slot, lane, tile, left, start, end, filled = 0, read = 0;
+
+  // Tiles first, first + kWarps, ... < last of row tile `row`, which has `row_tiles` tiles.
+  SSLC_DEVICE Ring(const unsigned char* S, unsigned char* shared, int slot_bytes, size_t row, int row_tiles, int first, int last)
+      : weights(S), offsets(nullptr), ring(shared), slot(slot_bytes), lane(threadIdx.x % 32), tile(0), start(0), end(0) {
+    left = last > first ? ceil_div(last - first, Layout::kWarps) : 0;
+    if constexpr (Layout::kTileBytes == 0) {
+      offsets = reinterpret_cast<const int32_t*>(S) + row * row_tiles + first;
+      if (left > 0) start = offsets[0], end = offsets[1];
+    } else {
+      weights += (row * row_tiles + first) * Layout::kTileBytes;
+    }
+  }
+
+  // Starts the copy of the next tile, if there is one. Every call commits one group, so that counting groups in
+  // wait_copies counts tiles, also past the end.
+  SSLC_DEVICE void issue() {
+    if (left > 0) {
+      left--;
+      unsigned char* to = ring + filled;
+      filled = filled + slot == Layout::kStages * slot ? 0 : filled + slot;
+      if constexpr (Layout::kTileBytes == 0) {
+        const unsigned char* from = weights + static_cast<size_t>(start) * 16;
+        const int chunks = end - start;
+        SSLC_UNROLL for (int c = 0; c < 96; c += 32)  // up to 1536 bytes: enough for most tiles at half density
+          if (c + lane < chunks) copy16_async(to + (c + lane) * 16, from + (c + lane) * 16);
+        if (chunks > 96) {
+          SSLC_NO_UNROLL for (int c = 96 + lane; c < chunks; c += 32) copy16_async(to + c * 16, from + c * 16);
+        }
+        // The next tile's place is read one tile ahead: its latency hides behind this tile's arithmetic.
+        offsets += Layout::kWarps;
+        if (left > 0) start = offsets[0], end = offsets[1];
+      } else {
+        constexpr int kChunks = Layout::kTileBytes / 16;
+        SSLC_UNROLL for (int c = 0; c < kChunks; c += 32)
+          if (c + 32 <= kChunks || c + lane < kChunks) copy16_async(to + (c + lane) * 16, weights + (c + lane) * 16);
+        weights += static_cast<size_t>(Layout::kWarps) * Layout::kTileBytes;
+      }
+    }
+    commit_copies();
+  }
+
+  SSLC_DEVICE void fill() {
+    SSLC_UNROLL for (int i = 0; i < Layout::kStages - 1; i++) issue();
+  }
+
+  // The oldest tile, ready to read; and refills the slot of the tile before it.
+  SSLC_DEVICE const unsigned char* next() {
+    wait_copies<Layout::kStages - 2>();
+    __syncwarp();  // the other lanes' copies have landed too; and all lanes are done with the slot that is refilled
+    issue();
+    const unsigned char* at = ring + read;
+    read = read + slot == Layout::kStages * slot ? 0 : read + slot;
+    return at;
+  }
+};
+
+// ---- activations ---------------------------------------------------------------------------------------------------
+
+template <int T> SSLC_DEVICE uint32_t pack2(float a, float b) {
+  return from_float<T>(a) | static_cast<uint32_t>(from_float<T>(b)) << 16;
+}
+
+// Columns k .. k + 7 of one row as 16-bit floats, zeros past the end. `vector`: rows are whole multiples of 16 bytes.
+template <int T> SSLC_DEVICE uint4 load8(const void* x, size_t row, int k, int K, bool f32, bool vector) {
+  if (vector && k + 8 <= K) return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x) + row * K + k);
+  uint32_t word[4] = {0, 0, 0, 0};
+  SSLC_UNROLL for (int i = 0; i < 8; i++) {
+    if (k + i < K) {
+      const size_t at = row * K + k + i;
+      const uint32_t bits = f32 ? from_float<T>(static_cast<const float*>(x)[at]) : static_cast<const uint16_t*>(x)[at];
+      word[i / 2] |= bits << (16 * (i & 1));
+    }
+  }
+  return {word[0], word[1], word[2], word[3]};
+}
+
+// Ranks j .. j + 7 of t for one token: the partial sums of its split-K, added in order.
+template <int T> SSLC_DEVICE uint4 load_t8(const float* t, size_t row, int j, int M, int R, int splits) {
+  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  if (j < R) {
+    for (int s = 0; s < splits; s++) {
+      const float4* p = reinterpret_cast<const float4*>(t + (static_cast<size_t>(s) * M + row) * R + j);
+      const float4 a = p[0], b = p[1];
+      sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w, sum[4] += b.x, sum[5] += b.y, sum[6] += b.z, sum[7] += b.w;
+    }
+  }
+  return {pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]), pack2<T>(sum[4], sum[5]), pack2<T>(sum[6], sum[7])};
+}
+
+// A row of activations in shared memory: 128 bytes per 64 columns. Rows are 64 bytes modulo 128 apart, so that the eight
+// lanes of one phase of a 128-bit load (two rows, four chunks) touch all banks once.
+SSLC_HOST_DEVICE constexpr int activation_pitch(int columns) { return columns * 2 + 64; }
+
+template <int T> SSLC_DEVICE void store_output(void* y, size_t at, float value, bool f32) {
+  if (f32) static_cast<float*>(y)[at] = value;
+  else static_cast<uint16_t*>(y)[at] = from_float<T>(value);
+}
+
+// c[16 rows x 8 tokens] += one step of 16 rows x 64 columns.
+template <int T>
+SSLC_DEVICE void multiply_step(float* c, const uint32_t* low, const uint32_t* high, const uint4& x0, const uint4& x1) {
+  mma<T>(c, low[0], high[0], low[1], high[1], x0.x, x0.y);
+  mma<T>(c, low[2], high[2], low[3], high[3], x0.z, x0.w);
+  mma<T>(c, low[4], high[4], low[5], high[5], x1.x, x1.y);
+  mma<T>(c, low[6], high[6], low[7], high[7], x1.z, x1.w);
+}
+
+// ---- decode --------------------------------------------------------------------------------------------------------
+
+struct DecodeArgs {
+  const void* x;           // [M, K]
+  const unsigned char* S;  // packed weights of ceil(N / 16) row tiles
+  const unsigned char* U;  // [ceil(N / 16)][R / 64] fragment tiles
+  const float* bias;       // [N], or null
+  const float* t;          // [t_splits, M, R] partial sums of X Vᵀ
+  void* y;                 // [M, N]
+  float* partial;          // [gridDim.y, M, N], or null when there is one split
+  int M, N, K, R;          // R: the rank, rounded up to 64
+  int t_splits;
+  int slot;            // bytes of a ring slot
+  int tiles_per_split; // tiles of [S | U] columns that one CTA takes
+  int f32;             // x and y are f32
+  int vector;          // rows of x can be read 16 bytes at a time
+};
+
+// Grid (row tiles, splits, slices of 8 * NT tokens), block 32 * kWarps. Slices of the same rows run side by side, so the
+// second and later ones find the weights in L2.
+//
+// 512 threads per multiprocessor is what its shared memory has room for anyway; saying so lets ptxas use up to 128
+// registers. Left alone, it aims at more threads and spills on sm_86 and sm_89.
+template <class Layout, int NT>
+__global__ void __launch_bounds__(32 * Layout::kWarps, 512 / (32 * Layout::kWarps)) decode(DecodeArgs a) {
+  constexpr int T = Layout::kType, W = Layout::kWarps, kThreads = 32 * W, kColumns = Layout::kColumns;
+  SSLC_DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  // This split's share of the tiles of [S | U]: first .. last, of which those below `sparse` belong to S.
+  const int sparse = ceil_div(a.K, kColumns), all = sparse + ceil_div(a.R, kColumns);
+  const int first = blockIdx.y * a.tiles_per_split, last = least(first + a.tiles_per_split, all);
+  const int token0 = blockIdx.z * 8 * NT, tokens = least(a.M - token0, 8 * NT);
+
+  Ring<Layout> ring(a.S, shared + warp * Layout::kStages * a.slot, a.slot, blockIdx.x, sparse, first + warp,
+                    least(last, sparse));
+  ring.fill();
+
+  // While the first tiles are on their way: [x | t] of this split, in the order in which the lanes will want it.
+  unsigned char* const activations = shared + W * Layout::kStages * a.slot;
+  const int pitch = activation_pitch(a.tiles_per_split * kColumns), chunks = (last - first) * (kColumns / 8);
+  for (int i = threadIdx.x; i < tokens * chunks; i += kThreads) {
+    const int m = i / chunks, c = i % chunks, tile = first + c / (kColumns / 8);
+    if (tile < sparse) {
+      *reinterpret_cast<uint4*>(activations + m * pitch + Layout::place(c)) =
+          load8<T>(a.x, token0 + m, first * kColumns + c * 8, a.K, a.f32, a.vector);
+    } else {
+      *reinterpret_cast<uint4*>(activations + m * pitch + Dense<T>::place(c)) =
+          load_t8<T>(a.t, token0 + m, (first - sparse) * kColumns + c * 8, a.M, a.R, a.t_splits);
+    }
+  }
+  __syncthreads();
+
+  // Lane (g, t) multiplies with token g of each 8. Columns of the mma past the last token repeat it: a broadcast read,
+  // and a result that nobody stores.
+  int token_at[NT];
+  SSLC_UNROLL for (int j = 0; j < NT; j++) token_at[j] = least(lane / 4 + 8 * j, tokens - 1) * pitch + lane % 4 * 16;
+
+  float c[4 * NT];
+  SSLC_UNROLL for (int i = 0; i < 4 * NT; i++) c[i] = 0;
+
+  const unsigned char* x = activations + warp * kColumns * 2;
+  SSLC_NO_UNROLL for (int tile = first + warp; tile < least(last, sparse); tile += W) {
+    Layout::tile(ring.next(), lane, [&](int step, const uint32_t* low, const uint32_t* high, float low_scale, float high_scale) {
+      SSLC_UNROLL for (int j = 0; j < NT; j++) {
+        const unsigned char* at = x + step * 128 + token_at[j];
+        const uint4 x0 = *reinterpret_cast<const uint4*>(at), x1 = *reinterpret_cast<const uint4*>(at + 64);
+        if constexpr (Layout::kScaled) {
+          // All 64 columns of a row share one scale, so it multiplies the sum: exact products, 4 operations.
+          float d[4] = {0, 0, 0, 0};
+          multiply_step<T>(d, low, high, x0, x1);
+          c[4 * j] += low_scale * d[0], c[4 * j + 1] += low_scale * d[1];
+          c[4 * j + 2] += high_scale * d[2], c[4 * j + 3] += high_scale * d[3];
+        } else {
+          multiply_step<T>(c + 4 * j, low, high, x0, x1);
+        }
+      }
+    });
+    x += W * kColumns * 2;
+  }
+
+  // The low-rank columns: U straight from global memory, one 16-byte load per fragment.
+  const int rank0 = first > sparse ? first - sparse : 0;
+  const int steps = least((last - sparse) * Layout::kSteps, a.R / 64);
+  SSLC_NO_UNROLL for (int step = rank0 * Layout::kSteps + warp; step < steps; step += W) {
+    uint32_t low[8], high[8];
+    Dense<T>::load(a.U + (static_cast<size_t>(blockIdx.x) * (a.R / 64) + step) * kFragmentTile, lane, low, high);
+    const unsigned char* at = activations + ((sparse - first) * Layout::kSteps + step) * 128;
+    SSLC_UNROLL for (int j = 0; j < NT; j++) {
+      multiply_step<T>(c + 4 * j, low, high, *reinterpret_cast<const uint4*>(at + token_at[j]),
+                       *reinterpret_cast<const uint4*>(at + token_at[j] + 64));
+    }
+  }
+
+  // Add the warps' sums, in order.
+  __syncthreads();  // the sums reuse the memory of the rings and the activations
+  float* const sums = reinterpret_cast<float*>(shared);
+  SSLC_UNROLL for (int i = 0; i < 4 * NT; i++) sums[((warp * NT + i / 4) * 32 + lane) * 4 + i % 4] = c[i];
+  __syncthreads();
+  for (int o = threadIdx.x; o < 128 * NT; o += kThreads) {
+    float sum = 0;
+    for (int w = 0; w < W; w++) sum += sums[w * 128 * NT + o];
+    const int from = o / 4 % 32, i = o % 4;
+    const int m = o / 128 * 8 + from % 4 * 2 + i % 2, n = blockIdx.x * 16 + from / 4 + i / 2 * 8;
+    if (m < tokens && n < a.N) {
+      const size_t at = static_cast<size_t>(token0 + m) * a.N + n;
+      if (a.partial) a.partial[static_cast<size_t>(blockIdx.y) * a.M * a.N + at] = sum;
+      else store_output<T>(a.y, at, a.bias ? sum + a.bias[n] : sum, a.f32);
+    }
+  }
+}
+
+struct ReduceArgs {
+  const float* partial;  // [splits, M, N]
+  const float* bias;     // [N], or null
+  void* y;
+  int splits, M, N, f32;
+};
+
+// Grid ceil(M * N / 256), block 256.
+template <int T> __global__ void __launch_bounds__(256) reduce(ReduceArgs a) {
+  const size_t size = static_cast<size_t>(a.M) * a.N, i = static_cast<size_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0;
+  for (int s = 0; s < a.splits; s++) sum += a.partial[s * size + i];
+  store_output<T>(a.y, i, a.bias ? sum + a.bias[i % a.N] : sum, a.f32);
+}
+
+// ---- prefill -------------------------------------------------------------------------------------------------------
+
+struct ExpandArgs {
+  const unsigned char* S;
+  unsigned char* dense;  // [row tiles][tiles * kSteps] fragment tiles
+  int K, slot, tiles_per_split;
+};
+
+template <int T> SSLC_DEVICE uint4 scaled4(const uint32_t* w, float scale) {
+  uint32_t o[4];
+  SSLC_UNROLL for (int i = 0; i < 4; i++) o[i] = pack2<T>(to_float<T>(w[i] & 0xffff) * scale, to_float<T>(w[i] >> 16) * scale);
+  return {o[0], o[1], o[2], o[3]};
+}
+
+// Grid (row tiles, splits), block 32 * kWarps. S to dense tiles in fragment order; int8 values are rounded to 16 bits here.
+template <class Layout> __global__ void __launch_bounds__(32 * Layout::kWarps) expand(ExpandArgs a) {
+  constexpr int T = Layout::kType, W = Layout::kWarps;
+  SSLC_DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = ceil_div(a.K, Layout::kColumns);
+  const int first = blockIdx.y * a.tiles_per_split, last = least(first + a.tiles_per_split, tiles);
+  Ring<Layout> ring(a.S, shared + warp * Layout::kStages * a.slot, a.slot, blockIdx.x, tiles, first + warp, last);
+  ring.fill();
+  SSLC_NO_UNROLL for (int tile = first + warp; tile < last; tile += W) {
+    unsigned char* const row = a.dense + (static_cast<size_t>(blockIdx.x) * tiles + tile) * Layout::kSteps * kFragmentTile;
+    Layout::tile(ring.next(), lane, [&](int step, const uint32_t* low, const uint32_t* high, float low_scale, float high_scale) {
+      int block, as_lane;
+      Layout::dense(step, lane, block, as_lane);
+      uint4* const to = reinterpret_cast<uint4*>(row + block * kFragmentTile) + as_lane;
+      if constexpr (Layout::kScaled) {
+        to[0] = scaled4<T>(low, low_scale), to[32] = scaled4<T>(low + 4, low_scale);
+        to[64] = scaled4<T>(high, high_scale), to[96] = scaled4<T>(high + 4, high_scale);
+      } else {
+        to[0] = {low[0], low[1], low[2], low[3]}, to[32] = {low[4], low[5], low[6], low[7]};
+        to[64] = {high[0], high[1], high[2], high[3]}, to[96] = {high[4], high[5], high[6], high[7]};
+      }
+    });
+  }
+}
+
+struct ConvertArgs {
+  const void* x;  // [M, K]
+  uint16_t* to;   // [M, 64 * ceil(K / 64)]
+  int M, K, f32, vector;
+};
+
+// Grid ceil(M * ceil(K / 64) * 8 / 256), block 256: eight columns per thread.
+template <int T> __global__ void __launch_bounds__(256) convert(ConvertArgs a) {
+  const int chunks = ceil_div(a.K, 64) * 8;
+  const size_t i = static_cast<size_t>(blockIdx.x) * 256 + threadIdx.x, m = i / chunks;
+  if (m >= static_cast<size_t>(a.M)) return;
+  reinterpret_cast<uint4*>(a.to)[i] = load8<T>(a.x, m, static_cast<int>(i % chunks) * 8, a.K, a.f32, a.vector);
+}
+
+struct GemmArgs {
+  // Two segments of columns: [X | t] [M, 64 * steps] and [S | U] as fragment tiles [row tiles][stride].
+  const uint16_t* x[2];
+  const unsigned char* w[2];
+  int steps[2], stride[2];
+  const float* bias;  // [N], or null
+  void* y;            // [M, N]
+  int M, N, f32;
+};
+
+constexpr int kGemmTokens = 128, kGemmRows = 128, kGemmStages = 3, kGemmStage = 16384 + 16384;
+constexpr int kGemmShared = kGemmStages * kGemmStage;
+
+// Grid (ceil(M / 128), ceil(N / 128)), block 256. 8 warps, each 64 rows of W x 32 tokens; 64 columns per stage.
+// Weights lie in shared memory in fragment order. Activations lie as 128-byte rows whose 64-byte halves swap places in odd
+// rows, which spreads a 128-bit load over all banks without padding.
+template <int T> __global__ void __launch_bounds__(256) gemm(GemmArgs a) {
+  SSLC_DYNAMIC_SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int token0 = blockIdx.x * kGemmTokens, row_tile0 = blockIdx.y * (kGemmRows / 16);
+  const int row_tiles = ceil_div(a.N, 16), steps = a.steps[0] + a.steps[1];
+
+  // Rows past the end repeat the last one: valid memory, results that nobody stores.
+  auto issue = [&](int step) {
+    if (step < steps) {
+      unsigned char* const to = shared + step % kGemmStages * kGemmStage;
+      // Plain selections, not a.w[segment]: indexing kernel arguments would copy them to local memory.
+      const bool low_rank = step >= a.steps[0];
+      const int k = low_rank ? step - a.steps[0] : step, x_steps = low_rank ? a.steps[1] : a.steps[0];
+      const int stride = low_rank ? a.stride[1] : a.stride[0];
+      const unsigned char* const w = low_rank ? a.w[1] : a.w[0];
+      const uint16_t* const x = low_rank ? a.x[1] : a.x[0];
+      SSLC_UNROLL for (int i = 0; i < 4; i++) {
+        const int chunk = threadIdx.x + 256 * i, tile = least(row_tile0 + chunk / 128, row_tiles - 1);
+        copy16_async(to + chunk * 16, w + (static_cast<size_t>(tile) * stride + k) * kFragmentTile + chunk % 128 * 16);
+        const int m = chunk / 8, c = chunk % 8;
+        copy16_async(to + 16384 + m * 128 + ((c ^ m) & 1) * 64 + c / 2 * 16,
+                     x + (static_cast<size_t>(least(token0 + m, a.M - 1)) * x_steps + k) * 64 + c * 8);
+      }
+    }
+    commit_copies();
+  };
+
+  float acc[4][4][4];
+  SSLC_UNROLL for (int i = 0; i < 4; i++) SSLC_UNROLL for (int j = 0; j < 4; j++) SSLC_UNROLL for (int q = 0; q < 4; q++) acc[i][j][q] = 0;
+
+  SSLC_UNROLL for (int i = 0; i < kGemmStages - 1; i++) issue(i);
+  SSLC_NO_UNROLL for (int step = 0; step < steps; step++) {
+    wait_copies<kGemmStages - 2>();
+    __syncthreads();  // everyone's copies have landed, and everyone is done with the stage that is refilled
+    issue(step + kGemmStages - 1);
+    const unsigned char* const w = shared + step % kGemmStages * kGemmStage + warp / 4 * 4 * kFragmentTile;
+    const unsigned char* const x = shared + step % kGemmStages * kGemmStage + 16384 + (warp % 4 * 32 + g) * 128 + t * 16;
+    uint4 x0[4], x1[4];
+    SSLC_UNROLL for (int j = 0; j < 4; j++) {
+      x0[j] = *reinterpret_cast<const uint4*>(x + j * 1024 + (g & 1) * 64);
+      x1[j] = *reinterpret_cast<const uint4*>(x + j * 1024 + (~g & 1) * 64);
+    }
+    SSLC_UNROLL for (int i = 0; i < 4; i++) {
+      uint32_t low[8], high[8];
+      Dense<T>::load(w + i * kFragmentTile, lane, low, high);
+      SSLC_UNROLL for (int j = 0; j < 4; j++) multiply_step<T>(acc[i][j], low, high, x0[j], x1[j]);
+    }
+  }
+
+  SSLC_UNROLL for (int i = 0; i < 4; i++) SSLC_UNROLL for (int j = 0; j < 4; j++) SSLC_UNROLL for (int q = 0; q < 4; q++) {
+    const int n = (row_tile0 + warp / 4 * 4 + i) * 16 + g + q / 2 * 8, m = token0 + warp % 4 * 32 + j * 8 + t * 2 + q % 2;
+    if (m < a.M && n < a.N)
+      store_output<T>(a.y, static_cast<size_t>(m) * a.N + n, a.bias ? acc[i][j][q] + a.bias[n] : acc[i][j][q], a.f32);
+  }
+}
+
+}  // namespace sslc

@@ -1,0 +1,235 @@
+"""The lowered ONNX model as TensorRT should see it: 16-bit activations, and weights packed for the plugin.
+
+TensorRT 11 and TensorRT-RTX are strongly typed: they compute in the types that the graph says. The lowered graph says
+float32, so this module writes a second graph in which
+
+- every activation and dense weight is float16 or bfloat16, except what is computed from token positions alone (rotary
+  angles reach the thousands, where float16 has whole numbers only), which is rounded where it meets the rest;
+- each of our nodes has the plugin's inputs (packed weights) and attributes instead of the checkpoint's;
+- logits are float32.
+
+Weights are read, packed and written one after the other: memory holds one layer, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from plugins_trt import pack
+from plugins_trt.library import NAME, NAMESPACE, VERSION
+from sslc_export.lowering import names
+
+_TYPES = {"f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class PluginNode:
+    """One compressed layer in the rewritten graph.
+
+    Attributes:
+        name: The layer's name, and the node's.
+        layout: How its sparse part is packed.
+        reason: Why in this layout.
+        out_features: N.
+        in_features: K.
+        rank: r.
+        nbytes: Bytes of its packed weights and bias.
+    """
+
+    name: str
+    layout: str
+    reason: str
+    out_features: int
+    in_features: int
+    rank: int
+    nbytes: int
+
+
+def rewrite(
+    model: Path, out: Path, *, type: str, progress: Callable[[Iterable[Any], str], Iterable[Any]]
+) -> tuple[PluginNode, ...]:
+    """Writes the TensorRT variant of a lowered model.
+
+    Args:
+        model: The .onnx file that `sslc_export.lowering` wrote.
+        out: The .onnx file to write; its weights go beside it, with the suffix .bin.
+        type: "f16" or "bf16".
+        progress: Shows the packing.
+
+    Raises:
+        InputError: a weight does not fit the type.
+    """
+    graph_model = ir.load(model)
+    graph = graph_model.graph
+    for function in list(graph_model.functions):  # the plugin takes the place of the operator's body
+        del graph_model.functions[function]
+    float32 = _position_values(graph)
+    weights = out.with_suffix(".bin")
+    packed = []
+    with weights.open("wb") as file:
+        writer = _Weights(file, weights)
+        ours = [node for node in graph if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
+        for node in progress(ours, "Packing layers"):
+            packed.append(_pack(graph, node, type, writer))
+        _to_half(graph, _TYPES[type], float32, writer)
+    for node in graph:
+        if node.op_type == "Attention":
+            # TensorRT has fused kernels for some head sizes only, and takes others apart if this says that it may. The
+            # attribute is TensorRT's own: onnx.checker refuses it, so that it can be added no earlier than here.
+            node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
+    ir.save(graph_model, out)
+    return tuple(packed)
+
+
+class _Weights:
+    """Appends arrays to the weight file."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+
+    def add(self, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.ExternalTensor:
+        offset = -(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT
+        self._file.seek(offset)
+        array = np.ascontiguousarray(array)
+        self._file.write(array.data)
+        return ir.ExternalTensor(
+            self._path.name,
+            offset,
+            array.nbytes,
+            dtype,
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=self._path.parent,
+        )
+
+
+def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> PluginNode:
+    """Replaces a node's inputs and attributes by the plugin's."""
+    given = {name: node.inputs[i] for i, name in enumerate(names.INPUTS)}
+    array = {name: value.const_value.numpy() for name, value in given.items() if name != "X"}  # type: ignore[union-attr]
+    in_features = array["V"].shape[1]
+    layout, reason = pack.choose_layout(array["bitmap"], in_features)
+    layer = pack.pack_layer(
+        array["bitmap"],
+        array["values"],
+        array["U"],
+        array["V"],
+        array["bias"],
+        in_features=in_features,
+        type=type,
+        layout=layout,
+        name=str(node.name),
+    )
+    inputs = [given["X"]]
+    for name, data in (("S", layer.S), ("U", layer.U), ("V", layer.V), ("bias", layer.bias)):
+        dtype = ir.DataType.FLOAT if name == "bias" else ir.DataType.INT32
+        inputs.append(_initializer(graph, writer.add(f"{node.name}.packed.{name}", data, dtype)))
+    output = node.outputs[0]
+    plugin = ir.node(
+        NAME,
+        inputs,
+        {
+            "plugin_version": VERSION,
+            "plugin_namespace": NAMESPACE,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "rank": layer.rank,
+            "slot": layer.slot,
+            "layout": layer.layout,
+            "type": layer.type,
+            "values": "int8" if layer.int8 else "float",
+        },
+        domain=names.DOMAIN,
+        name=node.name,
+        num_outputs=1,
+    )
+    result = plugin.outputs[0]
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [plugin], [output], [result])
+    for value in given.values():
+        if value is not None and value.is_initializer() and not value.uses():
+            del graph.initializers[str(value.name)]
+    return PluginNode(str(node.name), layout, reason, layer.out_features, layer.in_features, layer.rank, layer.nbytes)
+
+
+def _position_values(graph: ir.Graph) -> set[ir.Value]:
+    """Float values that come from integers alone: positions, and the rotary angles made of them."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        flowing = [v for v in node.inputs if v is not None and v.dtype in _FLOATS and not v.is_initializer()]
+        if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype not in _FLOATS:
+            made_of_integers = node.attributes["to"].as_int() in _FLOATS
+        else:
+            made_of_integers = bool(flowing) and all(v in found for v in flowing)
+        if made_of_integers:  # the exporter does not know every value's type
+            found.update(v for v in node.outputs if v.dtype is None or v.dtype in _FLOATS)
+    return found
+
+
+def _to_half(graph: ir.Graph, half: ir.DataType, float32: set[ir.Value], writer: _Weights) -> None:
+    """Turns float32 into `half` everywhere but in `float32` and what only it uses."""
+    for value in list(graph.initializers.values()):
+        if value.dtype not in _FLOATS or all(_stays_float32(use.node, float32) for use in value.uses()):
+            continue
+        if any(use.node.domain == names.DOMAIN for use in value.uses()):
+            continue  # the plugin's bias
+        bits = pack.to_bits(value.const_value.numpy(), _name(half), f"Weight {value.name}")  # type: ignore[union-attr]
+        value.const_value = writer.add(str(value.name), bits, half)
+        value.type = ir.TensorType(half)
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(half)
+    for node in list(graph):
+        if node.op_type == "Cast" and node.outputs[0] not in float32 and node.attributes["to"].as_int() in _FLOATS:
+            node.attributes["to"] = ir.AttrInt64("to", int(half))
+        mixes = not _stays_float32(node, float32)
+        for i, given in enumerate(node.inputs):
+            if mixes and given is not None and given in float32:
+                node.replace_input_with(i, _cast(graph, given, half, before=node))
+        for value in node.outputs:
+            if value.dtype == ir.DataType.FLOAT and value not in float32:
+                value.type = ir.TensorType(half)
+    for i, value in enumerate(list(graph.outputs)):
+        if value.name == "logits":
+            _float32_output(graph, i, value)
+
+
+def _stays_float32(node: ir.Node, float32: set[ir.Value]) -> bool:
+    return any(v in float32 for v in node.outputs)
+
+
+def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+    """`value` as `dtype`; one Cast for all its users."""
+    for use in value.uses():
+        if use.node.op_type == "Cast" and use.node.attributes["to"].as_int() == dtype:
+            return use.node.outputs[0]
+    node = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}.half")
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = node.name, value.shape, ir.TensorType(dtype)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _float32_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
+    name, value.name = value.name, f"{value.name}.half"
+    node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}.float32")
+    output = node.outputs[0]
+    output.name, output.shape, output.type = name, value.shape, ir.TensorType(ir.DataType.FLOAT)
+    graph.append(node)
+    graph.outputs[index] = output
+
+
+def _initializer(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _name(dtype: ir.DataType) -> str:
+    return next(name for name, known in _TYPES.items() if known == dtype)

@@ -1,0 +1,79 @@
+"""The plugin, compiled by nvcc, through its whole life on a stand-in for the CUDA runtime. No GPU is involved."""
+
+from __future__ import annotations
+
+import subprocess
+
+import numpy as np
+import pytest
+
+from tests.plugins_trt.emulator import from_bits, random_case, worst_error, write_case
+from tests.plugins_trt.test_kernel import FORMATS, IDS
+from tests.plugins_trt.toolchain import build_plugin, build_stand_in
+
+
+@pytest.fixture(scope="module")
+def life():
+    plugin = build_plugin("Shared") / "libsslc_trt.so"
+    _, program = build_stand_in()
+    return lambda case, *changes: subprocess.run([program, plugin, case, *changes], capture_output=True, text=True)
+
+
+def output_of(case, path):
+    data = path.with_name(path.name + ".out").read_bytes()
+    shape = (len(case.X), len(case.mask))
+    if case.f32:
+        return np.frombuffer(data, np.float32).reshape(shape).astype(np.float64)
+    return from_bits(np.frombuffer(data, np.uint16), case.type).reshape(shape)
+
+
+@pytest.mark.parametrize("type", ["f16", "bf16"])
+@pytest.mark.parametrize("f32", [False, True], ids=["half", "f32"])
+@pytest.mark.parametrize(("layout", "rule", "int8"), FORMATS, ids=IDS)
+def test_from_creation_to_the_right_numbers(life, tmp_path, layout, rule, int8, f32, type):
+    for M, rank, K in ((1, 0, 300), (5, 20, 1100), (40, 64, 576), (70, 100, 130)):
+        options = {"rule": rule, "int8": int8, "layout": layout, "type": type, "f32": f32}
+        case = random_case(M, 36, K, rank, M, **options)
+        write_case(case, tmp_path / "case")
+        done = life(tmp_path / "case")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert worst_error(case, output_of(case, tmp_path / "case")) <= 1
+        assert int(done.stdout.split("launches:")[1]) >= (1 if rank == 0 else 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("drop=rank", "attribute rank is missing"),
+        ("drop=layout", "attribute layout is missing"),
+        ("layout=rows64", "attribute layout has a value"),
+        ("type=f8", "attribute type has a value"),
+        ("values=int4", "attribute values has a value"),
+        ("slot=33", "slot 33 does not belong to layout any"),
+        ("slot=1048576", "slot 1048576 does not belong"),
+        ("out_features=0", "not a layer's shape"),
+        ("rank=-1", "not a layer's shape"),
+        ("columns=320", "X has 320 columns; in_features is 300"),
+        ("words=S:0", "S has 0 elements"),
+        ("out_features=64", "elements in 1 dimensions"),
+        ("rank=100", "U has 4 elements"),
+        ("inputs=4", "it has 5"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_words(life, tmp_path, change, message):
+    write_case(random_case(0, 36, 300, 0, 2, rule="free:0.5", layout="any"), tmp_path / "case")
+    done = life(tmp_path / "case", change)
+    assert done.returncode == 3, done.stdout
+    assert message in done.stdout
+    assert "refused" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("slot=4600", "slot 4600 does not belong to layout bank32"), ("values=int8", "bank32 takes no int8")],
+)
+def test_bank32_is_checked_too(life, tmp_path, change, message):
+    write_case(random_case(0, 36, 300, 0, 2, rule="32:64", layout="bank32"), tmp_path / "case")
+    done = life(tmp_path / "case", change)
+    assert done.returncode == 3, done.stdout
+    assert message in done.stdout

@@ -1,0 +1,329 @@
+"""Engines for TensorRT: the rewritten graph by numbers, and the plans by the real builder, on a machine without a GPU.
+
+No engine is executed here: that needs a GPU (`scripts/gpu_check.sh`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from plugins_trt import library
+from plugins_trt.pack import PackedLayer
+from sslc_common.errors import InputError, MissingError
+from sslc_export.engines import tensorrt, tensorrt_builder
+from sslc_export.engines.tensorrt_graph import rewrite
+from tests.plugins_trt.emulator import from_bits
+from tests.plugins_trt.test_pack import unpack
+from tests.tiny_models import FAMILIES, lowered
+
+SHAPES = tensorrt.Shapes(batch=2, prefill=16, context=64)
+
+
+def no_progress(items, _):
+    return items
+
+
+class LowRankSparseLinear(OpRun):
+    """The plugin, from the bytes that it is given."""
+
+    op_domain = "sslc"
+
+    def _run(self, X, S, U, V, bias, **a):
+        packed = PackedLayer(
+            a["layout"], a["type"], a["values"] == "int8", a["out_features"], a["in_features"], a["rank"], a["slot"],
+            S, U, V, bias,
+        )  # fmt: skip
+        N, K, r = packed.out_features, packed.in_features, packed.rank
+        bits, mask = unpack(packed)
+        W = from_bits(bits, packed.type) * mask
+        if r:
+            W = W + fragments(U, packed.type, N, r) @ fragments(V, packed.type, r, K)
+        return ((X.astype(np.float64) @ W.T + bias).astype(X.dtype),)
+
+
+def fragments(words, type, rows, columns):
+    """A dense matrix out of fragment order."""
+    steps = -(-columns // 64)
+    cut = words.view(np.uint16).reshape(-1, steps, 2, 2, 8, 4, 8).transpose(0, 2, 4, 1, 5, 3, 6)
+    return from_bits(np.ascontiguousarray(cut).reshape(-1, steps * 64), type)[:rows, :columns]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rewritten_graph_computes_the_same_model(family, tmp_path):
+    model = lowered(family)
+    layers = rewrite(model.path, tmp_path / "model.onnx", type="f16", progress=no_progress)
+    assert [layer.name for layer in layers] == list(model.report.kernel_layers)
+    graph = onnx.load(tmp_path / "model.onnx")
+    for node in graph.graph.node:
+        for attribute in [a for a in node.attribute if a.name == "TRT_decomposable"]:
+            node.attribute.remove(attribute)  # TensorRT's own, unknown to ONNX
+    evaluator = ReferenceEvaluator(graph, new_ops=[LowRankSparseLinear])
+    ids = np.random.default_rng(0).integers(1, 97, (2, 7))
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones((2, 7), np.int64),
+        "position_ids": np.tile(np.arange(7), (2, 1)),
+    }
+    for value in graph.graph.input[3:]:
+        size = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        feeds[value.name] = np.zeros((2, size[1], 0, size[3]), np.float16)
+    logits, *present = evaluator.run(None, feeds)
+    expected, _ = model.torch_engine().run(ids)
+    assert logits.dtype == np.float32
+    assert {p.dtype for p in present} == {np.dtype(np.float16)}
+    # Activations and weights are rounded to 11 bits some dozen times on the way: 2⁻¹¹ · √12 · 4 of the logits' size.
+    assert np.abs(logits - expected).max() < 0.007 * np.abs(expected).max()
+
+
+def test_positions_stay_float32(tmp_path):
+    model = lowered("llama")
+    rewrite(model.path, tmp_path / "model.onnx", type="f16", progress=no_progress)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx", load_external_data=False)).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
+    angles = [node for node in graph.node if node.op_type in ("Cos", "Sin")]
+    assert len(angles) == 2
+    # The angle of position 8191 is 8191 radians: in float16 its cosine would be noise.
+    assert all(types[node.output[0]] == onnx.TensorProto.FLOAT for node in angles)
+    rotary = next(node for node in graph.node if node.op_type == "RotaryEmbedding")
+    makers = {node.output[0]: node for node in graph.node}
+    assert makers[rotary.input[1]].op_type == "Cast"
+
+
+def test_a_weight_beyond_float16_is_refused_and_fits_bfloat16(tmp_path):
+    model = lowered("llama", compressed=False)
+    broken = onnx.load(model.path)
+    weight = next(t for t in broken.graph.initializer if t.name.endswith("norm.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.full(weight.dims, 1e5, np.float32), weight.name))
+    onnx.save(broken, tmp_path / "broken.onnx")
+    with pytest.raises(InputError, match="does not fit"):
+        rewrite(tmp_path / "broken.onnx", tmp_path / "model.onnx", type="f16", progress=no_progress)
+    rewrite(tmp_path / "broken.onnx", tmp_path / "model.onnx", type="bf16", progress=no_progress)
+
+
+# ---- with TensorRT itself
+
+
+def build(model, out, plugin, **options):
+    return tensorrt.build(
+        model.path, out, **{"targets": ("sm_86", "sm_89"), "shapes": SHAPES, "plugin": plugin, **options}
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: biases; both: K = 48 and 80, layers with r = 0
+def test_a_compressed_model_builds_twice_with_the_same_bytes(family, plugin, tmp_path):
+    model = lowered(family)
+    first, second = (build(model, tmp_path / f"{name}.plan", plugin) for name in ("first", "second"))
+    assert [layer.name for layer in first.layers] == list(model.report.kernel_layers)
+    assert first.size.total == first.path.stat().st_size
+    if not first.repeatable:
+        pytest.skip("this machine does not let a process have a repeatable memory layout; the plan was built")
+    assert first.path.read_bytes() == second.path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first.plan", "second.plan"], "something was left behind"
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "qwen3", "mistral"])
+def test_every_family_builds(family, plugin, tmp_path):
+    assert len(build(lowered(family), tmp_path / "e.plan", plugin).layers) > 0
+
+
+def test_a_dense_model_builds_without_the_plugin_inside(plugin, tmp_path):
+    report = build(lowered("llama", compressed=False), tmp_path / "dense.plan", plugin)
+    assert report.layers == ()
+    assert report.plugin is None
+    assert plugin.read_bytes()[:4096] not in report.path.read_bytes()
+
+
+def test_bfloat16_builds(plugin, tmp_path):
+    assert build(lowered("llama"), tmp_path / "e.plan", plugin, type="bf16").type == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("sm_90",)}, "cannot build for this GPU architecture.*sm_90.*sm_86"),
+        ({"targets": ("ampere",)}, "cannot build for this GPU architecture"),
+        ({"type": "f32"}, "no such type.*f16 or bf16"),
+        ({"shapes": tensorrt.Shapes(prefill=100, context=10)}, "shapes do not make sense"),
+    ],
+)
+def test_what_cannot_be_built_is_said_before_any_work(options, message, plugin, tmp_path):
+    with pytest.raises(InputError, match=message):
+        build(lowered("llama"), tmp_path / "e.plan", plugin, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_suffix_is_refused(plugin, tmp_path):
+    with pytest.raises(InputError, match=r"\.plan"):
+        build(lowered("llama"), tmp_path / "e.engine", plugin)
+
+
+def test_a_full_disk_is_said_before_any_work(plugin, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"(?i)space|disk"):
+        build(lowered("llama"), tmp_path / "e.plan", plugin)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(plugin, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorrt, "rewrite", full)
+    with pytest.raises(InputError, match="The disk is full"):
+        build(lowered("llama"), tmp_path / "e.plan", plugin)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_in_the_building_process_is_said_by_it(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tensorrt_builder, "build_plan", full)
+    (tmp_path / "job.json").write_text("{}")
+    tensorrt_builder.main()
+    error = tensorrt._error(json.loads((tmp_path / "error.json").read_text()))
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOSPC
+
+
+class FakeTensorRT:
+    """A TensorRT of any name and version, whose registry gets one creator out of any library."""
+
+    def __init__(self, name, version, creator=("LowRankSparseLinear", "1", "sslc")):
+        self.__name__, self.__version__ = name, version
+        fields = zip(("name", "plugin_version", "plugin_namespace"), creator, strict=True)
+        self.all_creators, self._loaded = [], SimpleNamespace(**dict(fields))
+
+    def get_plugin_registry(self):
+        return self
+
+    def load_library(self, _):
+        self.all_creators.append(self._loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "headers", "fits"),
+    [
+        ("tensorrt", "10.14.1", "10.14.1", True),
+        ("tensorrt", "11.0.0", "10.14.1", True),
+        ("tensorrt", "10.3.0", "10.14.1", False),
+        ("tensorrt", "10.14.1", "1.7.1", False),
+        ("tensorrt_rtx", "1.7.1.116", "10.14.1", True),
+        ("tensorrt_rtx", "1.7.1.116", "1.7.1", True),
+        ("tensorrt_rtx", "1.7.1.116", "1.8.0", False),
+    ],
+)
+def test_a_plugin_for_another_tensorrt_is_refused(name, version, headers, fits, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "headers_version", lambda _: headers)
+    if fits:
+        library.require_headers(FakeTensorRT(name, version), tmp_path)
+        return
+    with pytest.raises(MissingError, match=f"built for another TensorRT than {name} {version}.*{headers}.*make plugin"):
+        library.require_headers(FakeTensorRT(name, version), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "creator",
+    [("LowRankSparseLinear", "2", "sslc"), ("LowRankSparseLinear", "1", ""), ("AnotherName", "1", "sslc")],
+    ids=["another version", "no namespace", "another name"],
+)
+def test_another_plugin_is_not_taken_for_ours(creator, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "headers_version", lambda _: "10.0.0")
+    fake = FakeTensorRT("tensorrt", "10.0.0", creator)
+    with pytest.raises(MissingError, match=r"does not find the plugin sslc::LowRankSparseLinear 1.*make plugin"):
+        library.register(fake, tmp_path / "plugin.so")
+
+
+def test_a_missing_plugin_says_how_to_build_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSLC_TRT_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(MissingError, match=r"SSLC_TRT_LIBRARY.*cmake"):
+        library.library_path()
+
+
+def test_a_library_that_is_no_plugin_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "no.so").write_bytes(b"not a library")
+    monkeypatch.setenv("SSLC_TRT_LIBRARY", str(tmp_path / "no.so"))
+    with pytest.raises(MissingError, match="cannot be loaded"):
+        library.library_path()
+
+
+def test_a_plugin_of_another_version_is_refused(plugin, tmp_path, monkeypatch):
+    data = plugin.read_bytes()
+    version = library._package_version().encode() + b"\0"
+    assert data.count(version) == 1
+    (tmp_path / "old.so").write_bytes(data.replace(version, version.replace(b".1.", b".0.")))
+    monkeypatch.setenv("SSLC_TRT_LIBRARY", str(tmp_path / "old.so"))
+    with pytest.raises(MissingError, match="another version"):
+        library.library_path()
+
+
+def broken_plugin(plugin, folder, before, after):
+    data = plugin.read_bytes()
+    assert before in data
+    folder.mkdir()
+    (folder / plugin.name).write_bytes(data.replace(before, after))
+    shutil.copy(plugin.parent / "libsslc_rtx_alias.so", folder)
+    return folder / plugin.name
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"\0sslc\0", b"\0sslx\0"), (b"LowRankSparseLinear\0", b"LowRankSparseLinead\0")],
+    ids=["another namespace", "another name"],
+)
+def test_a_plugin_that_tensorrt_would_not_find_is_noticed(plugin, tmp_path, before, after):
+    broken = broken_plugin(plugin, tmp_path / "broken", before, after)
+    with pytest.raises(MissingError, match="does not find the plugin sslc::LowRankSparseLinear 1"):
+        build(lowered("llama"), tmp_path / "e.plan", broken)
+
+
+@pytest.mark.parametrize("change", ["type", "columns", "absent"])
+def test_an_output_that_tensorrt_would_not_notice_is_noticed(plugin, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    layers = rewrite(lowered("llama").path, tmp_path / "model.onnx", type="f16", progress=no_progress)
+    expected = {layer.name: layer.out_features for layer in layers}
+    name = next(iter(expected))
+    if change == "columns":
+        expected[name] += 1
+    elif change == "absent":
+        expected["model.layers.9"] = expected.pop(name)
+    job = {
+        "plugin": str(plugin),
+        "layers": expected,
+        "type": "bf16" if change == "type" else "f16",
+        "shapes": {"batch": 1, "prefill": 16, "context": 64},
+        "targets": ["sm_86"],
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    tensorrt_builder.main()
+    error = json.loads((tmp_path / "error.json").read_text())
+    assert error["kind"] == "RuntimeError"
+    assert {"type": "DataType.BF16", "columns": "columns expected", "absent": "became nothing"}[change] in error["text"]
+    assert not (tmp_path / "engine.plan").exists()
+
+
+def test_without_tensorrt_the_way_to_install_it_is_said(monkeypatch):
+    monkeypatch.setattr(tensorrt_builder, "_MODULES", ("no_such_tensorrt",))
+    with pytest.raises(MissingError, match="pip install tensorrt-rtx-cu13"):
+        tensorrt_builder.tensorrt()
+
+
+def test_running_a_plan_without_a_gpu_says_that_it_was_built_only(tmp_path, monkeypatch):
+    import torch
+
+    from sslc_export.engines.tensorrt_runtime import TensorRTEngine
+
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingError, match="cannot be executed here: no CUDA device"):
+        TensorRTEngine(tmp_path / "engine.plan")
