@@ -18,7 +18,7 @@ from sslc_common.errors import InputError
 from validate.engine import Engine
 from validate.metrics import PhaseNumerics, PositionErrors, concatenate, explained, position_errors, summarize
 from validate.progress import Progress, silent
-from validate.tokens import check_logits, check_token_ids
+from validate.tokens import check_logits, check_token_ids, left_padded
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,9 @@ def _text(pair: tuple[Engine, Engine], text: np.ndarray, steps: int) -> dict[str
 
 def _padded(pair: tuple[Engine, Engine], text: np.ndarray, steps: int) -> PositionErrors:
     """A batch of rows from whole to half length, padded on the left, then decoded."""
-    if len(text) == 1:
-        text = np.repeat(text, 2, axis=0)
-    rows, tokens = text.shape
+    tokens = text.shape[1]
     split = tokens - steps
-    # Any token will do as padding; 0 is in every vocabulary.
-    padded, mask = np.zeros_like(text), np.ones_like(text)
-    for row in range(rows):
-        padding = (split // 2) * row // (rows - 1)
-        padded[row, padding:] = text[row, : tokens - padding]
-        mask[row, :padding] = 0
+    padded, mask = left_padded(text, split)
     errors, caches = _run(pair, padded[:, :split], mask[:, :split])
     parts = [errors]
     for position in range(split, tokens):
