@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,12 @@ from sslc_export.recipe import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from compress.report import CompressReport
     from sslc_export.lowering.lower import LoweringReport
     from sslc_export.record import Opened
+    from validate.attribution import EngineProbe, ReferenceProbe
     from validate.latency import LatencyOptions
     from validate.verdict import Verdict
 
@@ -181,6 +185,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 opened.engine,
                 dense=opened.dense,
                 reference=TorchEngine(model),
+                probes=None if path.suffix == ".plan" else partial(_probes, path, model, dense, recipe.threads),
                 held_out=np.asarray(held_out),
                 limits=limits,
                 options=Options(latency=latency),
@@ -189,6 +194,15 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 layers=layer_records(checkpoint),
                 progress=console.progress,
             )
+
+
+def _probes(
+    path: Path, model: PreTrainedModel, dense: Path | None, threads: int | None
+) -> tuple[ReferenceProbe, EngineProbe]:
+    from sslc_export.engines.probes import OnnxRuntimeProbe, TorchProbe
+
+    reference = TorchProbe(model, dense)
+    return reference, OnnxRuntimeProbe(path, reference, threads)
 
 
 def _open_engines(path: Path, record: dict[str, Any], twin: LoweringReport | None, threads: int | None) -> Opened:

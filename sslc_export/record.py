@@ -128,6 +128,8 @@ def engine_record(record: dict[str, Any], engine: OnnxRuntimeEngine, path: Path)
         kernel_layers=engine.kernel_layers,
         dense_layers=engine.dense_layers,
         build_record=str(record_path(path)),
+        kernel=engine.kernel,
+        fallback_reason=engine.fallback_reason,
     )
 
 

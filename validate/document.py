@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from validate.accuracy import Accuracy, Perplexity
+from validate.attribution import Attribution
 from validate.latency import COMPRESSED, DENSE, Latency, PhaseLatency
 from validate.size import Bytes, SizeLedger
 from validate.statistics import Summary
@@ -43,6 +44,7 @@ def to_document(verdict: Verdict) -> dict[str, Any]:
         "engine": asdict(results.engine),
         "size": _size(results.size),
         "numerics": asdict(results.numerics) if results.numerics else None,
+        "attribution": _attribution(results.attribution) if results.attribution else None,
         "accuracy": _accuracy(results.accuracy) if results.accuracy else None,
         "latency": _latency(results.latency) if results.latency else None,
         "limits": [asdict(limit) for limit in verdict.limits],
@@ -65,6 +67,16 @@ def _size(size: SizeLedger) -> dict[str, Any]:
         "layers": pair(size.layers),
         "checkpoint": pair(size.checkpoint),
         "memory": pair(size.memory),
+    }
+
+
+def _attribution(attribution: Attribution) -> dict[str, Any]:
+    return {
+        "first": asdict(attribution.first) if attribution.first else None,
+        "worst_alone": attribution.worst_alone,
+        "no_kernel": attribution.no_kernel,
+        "limit": attribution.limit,
+        "layers": [asdict(layer) for layer in attribution.layers],
     }
 
 
@@ -131,7 +143,7 @@ def _milliseconds(summary: Summary) -> dict[str, Any]:
 def _missing(results: Results) -> dict[str, str]:
     """Why main values are null although nothing went wrong."""
     nulls = {}
-    for stage in ("numerics", "accuracy", "latency"):
+    for stage in ("numerics", "attribution", "accuracy", "latency"):
         if getattr(results, stage) is None:
             nulls[stage] = results.why_missing(stage)
     if results.size.ratio is None:

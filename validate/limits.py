@@ -59,6 +59,7 @@ class Limits(_Checked):
     Attributes:
         max_relative_l2: Of the logits against the compressed PyTorch model, in the worst phase.
         min_top1_agreement: Share of positions with the same most likely token, near-ties forgiven.
+        max_layer_error: Relative L2 of a compressed layer alone, in lowering or kernel, in the worst layer.
         max_perplexity_ratio: Held-out perplexity over the dense model's.
         min_prefill_speedup: Dense over compressed time of a prefill.
         min_decode_speedup: Dense over compressed time of a decode step.
@@ -67,6 +68,7 @@ class Limits(_Checked):
 
     max_relative_l2: Limit = Limit(value=DEFAULT_RELATIVE_L2)
     min_top1_agreement: Limit | None = None
+    max_layer_error: Limit = Limit(value=DEFAULT_RELATIVE_L2)
     max_perplexity_ratio: Limit | None = None
     min_prefill_speedup: Limit | None = None
     min_decode_speedup: Limit | None = None
@@ -74,13 +76,15 @@ class Limits(_Checked):
 
     @model_validator(mode="after")
     def _sensible(self) -> Limits:
-        if self.max_relative_l2.value >= 1:
-            raise ValueError("max_relative_l2 must be below 1: an error of 1 is as large as the logits themselves")
-        if self.max_relative_l2.value > DEFAULT_RELATIVE_L2 and not self.max_relative_l2.reason:
-            raise ValueError(
-                f"max_relative_l2 above {DEFAULT_RELATIVE_L2:g} needs a reason in the limits file: "
-                "max_relative_l2: {value: ..., reason: ...}"
-            )
+        for name, what in (("max_relative_l2", "the logits"), ("max_layer_error", "the outputs")):
+            limit: Limit = getattr(self, name)
+            if limit.value >= 1:
+                raise ValueError(f"{name} must be below 1: an error of 1 is as large as {what} themselves")
+            if limit.value > DEFAULT_RELATIVE_L2 and not limit.reason:
+                raise ValueError(
+                    f"{name} above {DEFAULT_RELATIVE_L2:g} needs a reason in the limits file: "
+                    f"{name}: {{value: ..., reason: ...}}"
+                )
         if self.min_top1_agreement and self.min_top1_agreement.value > 1:
             raise ValueError("min_top1_agreement is a share, at most 1")
         return self

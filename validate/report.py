@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sslc_common.files import atomic_path
 from validate.document import to_document
+from validate.attribution import Attribution
 from validate.latency import Latency
 from validate.limits import LimitResult
 from validate.numerics import Numerics
@@ -44,6 +45,8 @@ def render(verdict: Verdict) -> str:
     ]
     if results.numerics:
         parts += ["## Numerics", *_numerics(results.numerics)]
+    if results.attribution:
+        parts += ["## Where errors come from", *_attribution(results.attribution)]
     if results.latency:
         parts += ["## Latency", *_latency(results.latency)]
     if results.skipped:
@@ -115,6 +118,24 @@ def _numerics(numerics: Numerics) -> list[str]:
             f"{parted.engine_token} in the engine, {parted.margin:.2g} apart: {why}."
         )
     return parts
+
+
+def _attribution(attribution: Attribution) -> list[str]:
+    header = ("layer", "compression", "lowering", "kernel", "input in place", "output in place")
+    rows = [
+        (
+            layer.name,
+            *(
+                MISSING if error is None else f"{error:.1e}"
+                for error in (layer.compression, layer.lowering, layer.kernel, layer.input, layer.output)
+            ),
+        )
+        for layer in attribution.layers
+    ]
+    first = attribution.first
+    said = f"First wrong: `{first.layer}`, {first.stage}: {first.explanation}." if first else "No layer is wrong."
+    notes = [f"No kernel was compared: {attribution.no_kernel}."] if attribution.no_kernel else []
+    return [f"**{said}**" if first else said, *notes, markdown_table(header, rows, right=True)]
 
 
 def _latency(latency: Latency) -> list[str]:

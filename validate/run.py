@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -11,15 +11,18 @@ import numpy as np
 
 from validate import environment
 from validate.accuracy import Accuracy, perplexity, perplexity_ratio
+from validate.attribution import Attribution, EngineProbe, ReferenceProbe, attribute
 from validate.engine import Engine
 from validate.latency import COMPRESSED, DENSE, Latency, LatencyOptions, measure
-from validate.limits import Limits
+from validate.limits import DEFAULT_RELATIVE_L2, Limits
 from validate.numerics import Numerics, NumericsOptions, compare
 from validate.progress import Progress, silent
 from validate.size import SizeLedger
 from validate.verdict import EngineRecord, LayerRecord, Results, Verdict, judge
 
-Stage = Literal["numerics", "accuracy", "latency"]
+Stage = Literal["numerics", "attribution", "accuracy", "latency"]
+
+Probes = Callable[[], tuple[ReferenceProbe, EngineProbe]]
 
 # Rows of held-out text to compare logits on, when no other text is given: two, so that a batch is a real one.
 _TEXT_ROWS = 2
@@ -39,6 +42,7 @@ def validate(
     *,
     dense: Engine | None = None,
     reference: Engine | None = None,
+    probes: Probes | None = None,
     held_out: np.ndarray | None = None,
     text: np.ndarray | None = None,
     prompts: Sequence[np.ndarray] | None = None,
@@ -56,6 +60,7 @@ def validate(
         engine: The compressed engine.
         dense: The dense model on the same runtime; without it nothing is said about loss of accuracy or speed-up.
         reference: The compressed PyTorch model that the engine was built from; without it the verdict is inconclusive.
+        probes: Opens reference and engine layer by layer; without it no layer can be named.
         held_out: Token ids [n, L] of text that nothing was calibrated on, for perplexity.
         text: Token ids [B, L] to compare logits on; by default the first rows of `held_out`.
         prompts: Token ids [P] to continue greedily; by default the beginnings of `text`.
@@ -75,12 +80,20 @@ def validate(
     if text is None and held_out is not None:
         text = held_out[:_TEXT_ROWS]
 
-    numerics = accuracy = latency = None
+    numerics = attribution = accuracy = latency = None
     if reference is None or text is None:
         missing = "no PyTorch model to compare with" if reference is None else "no text to compare logits on"
         skipped.setdefault("numerics", f"{missing} was given")
     if "numerics" not in skipped and reference is not None and text is not None:
         numerics = compare(reference, engine, text, prompts=prompts, options=options.numerics, progress=progress)
+
+    if probes is None or text is None:
+        missing = "no way into the engine's layers" if probes is None else "no text to run them on"
+        skipped.setdefault("attribution", f"{missing} was given")
+    if "attribution" not in skipped and probes is not None and text is not None:
+        # Below the ordinary rounding of float32 a layer cannot be judged, however tight the limit on the logits is.
+        limit = max(limits.max_layer_error.value, DEFAULT_RELATIVE_L2)
+        attribution = attribute(*probes(), text, limit=limit, progress=progress)
 
     if held_out is None:
         skipped.setdefault("accuracy", "no held-out text was given")
@@ -101,7 +114,7 @@ def validate(
             skipped["latency.dense"] = "no dense engine was given"
 
     record = record or EngineRecord(engine.name)
-    return judge(_results(record, sizes, layers, skipped, numerics, accuracy, latency), limits)
+    return judge(_results(record, sizes, layers, skipped, numerics, attribution, accuracy, latency), limits)
 
 
 def unexecuted(
@@ -114,7 +127,7 @@ def unexecuted(
 ) -> Verdict:
     """The verdict on an engine that cannot run here: its size, and `reason` for all that was not measured."""
     sizes = sizes or SizeLedger()
-    skipped = dict.fromkeys(("numerics", "accuracy", "latency"), reason)
+    skipped = dict.fromkeys(("numerics", "attribution", "accuracy", "latency"), reason)
     return judge(_results(record, sizes, layers, skipped), limits or Limits())
 
 
@@ -124,6 +137,7 @@ def _results(
     layers: Sequence[LayerRecord],
     skipped: dict[str, str],
     numerics: Numerics | None = None,
+    attribution: Attribution | None = None,
     accuracy: Accuracy | None = None,
     latency: Latency | None = None,
 ) -> Results:
@@ -134,6 +148,7 @@ def _results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment.describe(),
         numerics=numerics,
+        attribution=attribution,
         accuracy=accuracy,
         latency=latency,
         size=sizes,

@@ -17,7 +17,9 @@ def headline(verdict: Verdict) -> str:
     """The verdict in one line."""
     blamed = [limit for limit in verdict.limits if limit.outcome == verdict.verdict]
     if verdict.verdict != "passed":
-        return f"{verdict.verdict.upper()}: " + "; ".join(f"{limit.name}: {limit.reason}" for limit in blamed)
+        line = f"{verdict.verdict.upper()}: " + "; ".join(f"{limit.name}: {limit.reason}" for limit in blamed)
+        found = verdict.results.attribution and verdict.results.attribution.first
+        return f"{line}; first wrong at {found.layer} ({found.stage}): {found.explanation}" if found else line
     results, facts = verdict.results, []
     if results.size.ratio is not None:
         facts.append(f"{results.size.ratio:.2f}× the size")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from sslc_common import errors
 from validate.accuracy import Accuracy
+from validate.attribution import Attribution
 from validate.environment import Environment
 from validate.latency import Latency
 from validate.limits import (
@@ -38,12 +39,16 @@ class EngineRecord:
         kernel_layers: Linear layers that run in the sparse + low-rank kernel.
         dense_layers: Linear layers that stayed dense.
         build_record: Where engine.json is.
+        kernel: What runs the compressed layers: "avx512", "function" (the operator's ONNX body), ...
+        fallback_reason: Why it is not our kernel; None if it is.
     """
 
     name: str
     kernel_layers: int | None = None
     dense_layers: int | None = None
     build_record: str | None = None
+    kernel: str | None = None
+    fallback_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,12 @@ class Results:
         created: When, ISO 8601 in UTC.
         environment: Where.
         numerics: Against the compressed PyTorch model.
+        attribution: Layer by layer: where errors come from.
         accuracy: On held-out text.
         latency: Beside the dense engine.
         size: On disk and in memory.
         layers: The compression report.
-        skipped: Why something is missing, by what it is: "numerics", "accuracy", "accuracy.dense", "latency",
+        skipped: Why something is missing, by what it is: "numerics", "attribution", "accuracy", "accuracy.dense", "latency",
             "latency.dense", "size".
     """
 
@@ -88,6 +94,7 @@ class Results:
     created: str
     environment: Environment
     numerics: Numerics | None = None
+    attribution: Attribution | None = None
     accuracy: Accuracy | None = None
     latency: Latency | None = None
     size: SizeLedger = field(default_factory=SizeLedger)
@@ -117,6 +124,7 @@ def judge(results: Results, limits: Limits) -> Verdict:
     """Holds the results against the limits."""
     checked = [
         *_numerics(results, limits),
+        *_layers(results, limits),
         *_accuracy(results, limits),
         *_latency(results, limits),
         *_size(results, limits),
@@ -145,6 +153,15 @@ def _numerics(results: Results, limits: Limits) -> list[LimitResult]:
         else:
             checked.append(check_value(name, path, getattr(results.numerics, metric), limit, comparison))
     return checked
+
+
+def _layers(results: Results, limits: Limits) -> list[LimitResult]:
+    name, metric, limit = "max_layer_error", "attribution.worst_alone", limits.max_layer_error
+    if results.attribution is None:
+        if name not in limits.model_fields_set:
+            return []
+        return [not_measured(name, metric, limit, "<=", results.why_missing("attribution"))]
+    return [check_value(name, metric, results.attribution.worst_alone, limit, "<=")]
 
 
 def _accuracy(results: Results, limits: Limits) -> list[LimitResult]:

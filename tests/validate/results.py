@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from validate.accuracy import Accuracy, Perplexity, PerplexityRatio
+from validate.attribution import Attribution, Finding, LayerErrors
 from validate.environment import Environment
 from validate.latency import Latency, LatencyOptions, PhaseLatency
 from validate.metrics import PhaseNumerics
@@ -45,6 +46,11 @@ NUMERICS = Numerics(
 )
 
 
+ATTRIBUTION = Attribution(
+    (LayerErrors("model.layers.0.mlp.up_proj", 0.083, 2e-7, 1e-7, 3e-7, 4e-7),), None, None, 1e-5
+)
+
+
 def perplexity(value: float) -> Perplexity:
     return Perplexity(value, 2.5, 0.61, 16352, (2.4, 2.6), 512, 0, "ab" * 32)
 
@@ -73,6 +79,7 @@ RESULTS = Results(
     created="2026-11-22T12:00:00+00:00",
     environment=ENVIRONMENT,
     numerics=NUMERICS,
+    attribution=ATTRIBUTION,
     accuracy=ACCURACY,
     latency=LATENCY,
     size=SizeLedger(
@@ -102,6 +109,7 @@ def bare() -> Results:
         environment=ENVIRONMENT,
         latency=replace(LATENCY, **alone, threads={"compressed": None}),
         skipped={
+            "attribution": "no way into the engine's layers was given",
             "numerics": "no PyTorch model was given",
             "accuracy": "no held-out text was given",
             "latency.dense": "no dense engine was given",
@@ -129,4 +137,8 @@ def broken() -> Results:
     )
     lost = Perplexity(nan, nan, nan, 16352, (nan, 2.5), 512, 12, "ab" * 32)
     accuracy = Accuracy(lost, perplexity(12.4), PerplexityRatio(nan, nan))
-    return replace(RESULTS, numerics=numerics, accuracy=accuracy)
+    layer = LayerErrors("model.layers.0.mlp.up_proj", 0.083, float("inf"), None, 3e-7, float("inf"))
+    why = "its values in the engine are not the checkpoint's"
+    found = Finding(layer.name, "lowering", float("inf"), "alone", None, why)
+    attribution = Attribution((layer,), found, "the library is missing", 1e-5)
+    return replace(RESULTS, numerics=numerics, attribution=attribution, accuracy=accuracy)

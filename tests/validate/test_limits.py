@@ -18,8 +18,9 @@ def write(tmp_path, text):
 
 def test_only_the_engine_against_its_own_model_is_limited_by_default():
     limits = load_limits()
-    assert limits.max_relative_l2.value == DEFAULT_RELATIVE_L2 == 1e-5
-    assert all(getattr(limits, name) is None for name in Limits.model_fields if name != "max_relative_l2")
+    always = ("max_relative_l2", "max_layer_error")
+    assert all(getattr(limits, name).value == DEFAULT_RELATIVE_L2 == 1e-5 for name in always)
+    assert all(getattr(limits, name) is None for name in Limits.model_fields if name not in always)
 
 
 def test_a_file_gives_numbers_or_numbers_with_reasons_and_flags_win(tmp_path):

@@ -133,7 +133,7 @@ def test_report_md_reads_from_verdict_to_environment(tmp_path):
     text = report.read_text()
     assert text.splitlines()[0] == f"# {headline(VERDICTS['passed'])}"
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings == ["## Limits", "## Numerics", "## Latency", "## Layers", "## Environment"]
+    assert headings == ["## Limits", "## Numerics", "## Where errors come from", "## Latency", "## Layers", "## Environment"]
     for line in (
         "Engine `engine.onnx`: 209 layers in the sparse + low-rank kernel, 1 dense. "
         "Measured 2026-11-22T12:00:00+00:00.",
