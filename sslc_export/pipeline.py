@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compress.report import CompressReport
+    from sslc_export.engines.probes import OnnxRuntimeProbe, TorchProbe
     from sslc_export.lowering.lower import LoweringReport
     from sslc_export.record import Opened
-    from validate.attribution import EngineProbe, ReferenceProbe
     from validate.latency import LatencyOptions
     from validate.verdict import Verdict
 
 DATA = Path(__file__).parent / "data"
 
 _LIMITS = ("max_perplexity_ratio", "min_decode_speedup", "min_prefill_speedup", "max_size_ratio")
+_EXPLAIN_TOKENS = 64
 _HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
 
 
@@ -88,8 +90,39 @@ def validate_only(recipe: ValidateCommand) -> int:
     if not engine.is_file():
         raise InputError(f"There is no engine {engine}", allowed="the .onnx or .plan file that sslc-export wrote")
     require_known(engine)
+    from validate.baseline import read_baseline
+
+    if recipe.baseline:
+        read_baseline(Path(recipe.baseline))  # a wrong path is answered before minutes of measuring
+    if recipe.explain:
+        return _explain(engine, recipe.explain, recipe)
     dense = resolve(recipe.reference) if recipe.reference else None
     return _report(_validate(engine, dense, recipe), recipe, engine)
+
+
+def _explain(path: Path, layer: str, recipe: ValidateCommand) -> int:
+    """Writes one layer of an engine as a reproducer; returns the exit code."""
+    if path.suffix != ".onnx":
+        raise InputError("Only layers of .onnx engines can be taken out", got=path, do="Give the .onnx beside the plan")
+    import numpy as np
+    import torch
+
+    import compress
+    from compress.calibration import read_tokens
+    from sslc_export.explain import explain
+    from sslc_export.record import read_record
+
+    console.quiet_transformers()
+    checkpoint = path.parent / read_record(path)["checkpoint"]
+    length = min(_EXPLAIN_TOKENS, _longest(checkpoint))
+    texts = recipe.held_out or [str(DATA / "held_out.txt")]
+    text = read_tokens(texts, checkpoint, tokens=length, length=length, seed=0, what="held-out")
+    model = compress.load(checkpoint, dtype=torch.float32)
+    out = (Path(recipe.report) if recipe.report else path.parent / "report") / "explain" / layer
+    errors = explain(*_probes(path, model, None, recipe.threads), layer, np.asarray(text), out)
+    console.note("; ".join(f"{name}: relative L2 {error:.1e}" for name, error in errors.items()))
+    console.note(f"{out} holds {layer} as model.onnx with data.npz; run.py runs it")
+    return PASSED
 
 
 def require_known(engine: Path) -> None:
@@ -198,7 +231,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
 
 def _probes(
     path: Path, model: PreTrainedModel, dense: Path | None, threads: int | None
-) -> tuple[ReferenceProbe, EngineProbe]:
+) -> tuple[TorchProbe, OnnxRuntimeProbe]:
     from sslc_export.engines.probes import OnnxRuntimeProbe, TorchProbe
 
     reference = TorchProbe(model, dense)
@@ -241,9 +274,15 @@ def _longest(checkpoint: Path) -> int:
 
 
 def _report(verdict: Verdict, recipe: ValidateRecipe, engine: Path) -> int:
+    from validate.baseline import changes, read_baseline
+    from validate.document import to_document
     from validate.report import write_report
     from validate.summary import SUMMARY_HEADER, headline, summary_table
 
+    if recipe.baseline:
+        now = to_document(verdict)
+        found = changes(read_baseline(Path(recipe.baseline)), now)
+        verdict = replace(verdict, results=replace(verdict.results, baseline=found))
     folder = Path(recipe.report) if recipe.report else engine.parent / "report"
     _, report = write_report(verdict, folder)
     console.table(f"{engine}", SUMMARY_HEADER, summary_table(verdict))

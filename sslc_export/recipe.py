@@ -101,6 +101,9 @@ class ValidateRecipe(_Recipe):
     min_decode_speedup: float | None = Field(None, gt=0, description="decode speed over the dense engine's")
     min_prefill_speedup: float | None = Field(None, gt=0, description="prefill speed over the dense engine's")
     max_size_ratio: float | None = Field(None, gt=0, description="engine bytes over the dense engine's")
+    baseline: str | None = Field(
+        None, description="verdict.json of an accepted build; the report says what changed since"
+    )
     report: str | None = Field(None, description="folder of the report (default: report/ beside the engine)")
 
 
@@ -155,6 +158,11 @@ class ValidateCommand(ValidateRecipe):
         None,
         description="the dense model: a Hugging Face folder, a hub id or a .gguf file; without it the engine is "
         "only compared with its own PyTorch model",
+    )
+    explain: str | None = Field(
+        None,
+        description="name of a compressed layer: instead of validating, write it as a small ONNX model with inputs and "
+        "a script to report/explain/",
     )
 
 

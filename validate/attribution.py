@@ -203,7 +203,8 @@ def attribute(
 def relative_l2(reference: np.ndarray, other: np.ndarray) -> float:
     """‖other − reference‖₂ / ‖reference‖₂ in float64; infinite if either is not finite or only the other is not 0."""
     reference, other = reference.astype(np.float64), other.astype(np.float64)
-    error, scale = float(np.linalg.norm(other - reference)), float(np.linalg.norm(reference))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        error, scale = float(np.linalg.norm(other - reference)), float(np.linalg.norm(reference))
     if not np.isfinite(error):
         return float("inf")
     if scale == 0.0:
@@ -266,9 +267,7 @@ def _lowering_fault(name: str, error: float, different: Sequence[str]) -> Findin
     return Finding(name, "lowering", error, "alone", None, why)
 
 
-def _first(
-    names: Sequence[str], places: _Places, faults: Mapping[str, Finding], limit: float
-) -> Finding | None:
+def _first(names: Sequence[str], places: _Places, faults: Mapping[str, Finding], limit: float) -> Finding | None:
     """Walks the phases, then the graph; a fault of a layer alone is found where the layer is."""
     for phase, errors in places.items():
         before, largest = None, 0.0

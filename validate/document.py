@@ -50,6 +50,7 @@ def to_document(verdict: Verdict) -> dict[str, Any]:
         "limits": [asdict(limit) for limit in verdict.limits],
         "skipped": [{"what": what, "reason": reason} for what, reason in results.skipped.items()],
         "layers": [asdict(layer) for layer in results.layers],
+        "baseline": [asdict(change) for change in results.baseline],
         "environment": asdict(results.environment),
     }
     nulls = _missing(results)

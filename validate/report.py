@@ -1,188 +1,52 @@
-"""The files of a verdict: report.md for people, verdict.json for machines."""
+"""The files of a verdict: verdict.json and junit.xml for machines, report.md and report.html for people."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sslc_common.files import atomic_path
 from validate.document import to_document
-from validate.attribution import Attribution
-from validate.latency import Latency
-from validate.limits import LimitResult
-from validate.numerics import Numerics
-from validate.summary import MISSING, SUMMARY_HEADER, headline, summary_table
-from validate.verdict import Results, Verdict
+from validate.html import render_html
+from validate.junit import render_junit
+from validate.sections import Table, sections
+from validate.summary import headline
+from validate.verdict import Verdict
 
 
 def write_report(verdict: Verdict, folder: Path) -> tuple[Path, Path]:
-    """Writes verdict.json and report.md into a folder, each whole or not at all.
+    """Writes verdict.json, junit.xml, report.md and report.html into a folder, each whole or not at all.
 
     Returns:
-        The two paths.
+        The paths of verdict.json and report.md.
 
     Raises:
         InputError: the folder cannot be written to.
     """
-    document, report = folder / "verdict.json", folder / "report.md"
-    with atomic_path(document) as temporary:
-        temporary.write_text(json.dumps(to_document(verdict), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    with atomic_path(report) as temporary:
-        temporary.write_text(render(verdict), encoding="utf-8")
-    return document, report
+    contents = {
+        "verdict.json": json.dumps(to_document(verdict), indent=2, allow_nan=False) + "\n",
+        "junit.xml": render_junit(verdict),
+        "report.md": render(verdict),
+        "report.html": render_html(verdict),
+    }
+    for name, text in contents.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return folder / "verdict.json", folder / "report.md"
 
 
 def render(verdict: Verdict) -> str:
     """report.md as text."""
-    results = verdict.results
-    parts = [
-        f"# {headline(verdict)}",
-        f"Engine `{results.engine.name}`{_layer_counts(results)}. Measured {results.created}.",
-        markdown_table(SUMMARY_HEADER, summary_table(verdict), right=True),
-        "## Limits",
-        markdown_table(("limit", "demanded", "outcome", "why"), [_limit_row(limit) for limit in verdict.limits]),
-    ]
-    if results.numerics:
-        parts += ["## Numerics", *_numerics(results.numerics)]
-    if results.attribution:
-        parts += ["## Where errors come from", *_attribution(results.attribution)]
-    if results.latency:
-        parts += ["## Latency", *_latency(results.latency)]
-    if results.skipped:
-        parts += ["## Not measured", markdown_table(("what", "why"), results.skipped.items())]
-    if results.layers:
-        parts += ["## Layers", _layers(results)]
-    parts += ["## Environment", _environment(results)]
+    parts = [f"# {headline(verdict)}"]
+    for section in sections(verdict):
+        if section.title:
+            parts.append(f"## {section.title}")
+        parts += [markdown_table(block) if isinstance(block, Table) else block for block in section.blocks]
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = False) -> str:
-    """A GitHub table; with `right`, all columns but the first are figures."""
-    rule = ["---", *["---:" if right else "---"] * (len(header) - 1)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells))
-
-
-def _layer_counts(results: Results) -> str:
-    engine = results.engine
-    if engine.kernel_layers is None or engine.dense_layers is None:
-        return ""
-    return f": {engine.kernel_layers} layers in the sparse + low-rank kernel, {engine.dense_layers} dense"
-
-
-def _limit_row(limit: LimitResult) -> tuple[str, str, str, str]:
-    why = limit.reason + (f" (the limit: {limit.limit_reason})" if limit.limit_reason else "")
-    return f"`{limit.name}`", f"{limit.comparison} {limit.limit:g}", limit.outcome, why
-
-
-def _numerics(numerics: Numerics) -> list[str]:
-    header = (
-        "phase",
-        "positions",
-        "relative L2",
-        "worst position",
-        "cosine",
-        "max error / rms",
-        "KL",
-        "top-1",
-        "beyond noise",
-    )
-    rows = [
-        (
-            phase.phase,
-            str(phase.positions),
-            f"{phase.relative_l2:.1e}",
-            f"{phase.worst_relative_l2:.1e}",
-            f"{phase.cosine:.6f}",
-            f"{phase.max_error_over_rms:.1e}",
-            f"{phase.kl_mean:.1e}",
-            f"{phase.top1_agreement:.2%}",
-            f"{phase.margin_top1_agreement:.2%}",
-        )
-        for phase in numerics.phases
-    ]
-    parts = [
-        "Logits against the compressed PyTorch model. “Beyond noise” is the share of equal top-1 tokens when near-ties "
-        "that rounding explains are forgiven.",
-        markdown_table(header, rows, right=True),
-    ]
-    if numerics.non_finite:
-        parts.append(f"**{numerics.non_finite} logits were NaN or infinite.**")
-    if numerics.greedy_tokens:
-        parts.append(f"Greedy generation: {numerics.greedy_agreement:.1%} of {numerics.greedy_tokens} tokens alike.")
-    for parted in numerics.divergences:
-        why = "a near-tie" if parted.explained else "**more than rounding explains**"
-        parts.append(
-            f"Prompt {parted.prompt} parts at token {parted.step}: {parted.reference_token} in PyTorch, "
-            f"{parted.engine_token} in the engine, {parted.margin:.2g} apart: {why}."
-        )
-    return parts
-
-
-def _attribution(attribution: Attribution) -> list[str]:
-    header = ("layer", "compression", "lowering", "kernel", "input in place", "output in place")
-    rows = [
-        (
-            layer.name,
-            *(
-                MISSING if error is None else f"{error:.1e}"
-                for error in (layer.compression, layer.lowering, layer.kernel, layer.input, layer.output)
-            ),
-        )
-        for layer in attribution.layers
-    ]
-    first = attribution.first
-    said = f"First wrong: `{first.layer}`, {first.stage}: {first.explanation}." if first else "No layer is wrong."
-    notes = [f"No kernel was compared: {attribution.no_kernel}."] if attribution.no_kernel else []
-    return [f"**{said}**" if first else said, *notes, markdown_table(header, rows, right=True)]
-
-
-def _latency(latency: Latency) -> list[str]:
-    header = ("", "median", "p5", "p95", "mean", "variation", "drift", "samples")
-    rows, notes = [], []
-    for name, phase in (("prefill", latency.prefill), ("decode", latency.decode)):
-        for engine, summary in phase.engines.items():
-            times = (summary.median, summary.p5, summary.p95, summary.mean)
-            figures = [f"{seconds * 1e3:.2f} ms" for seconds in times]
-            signs = [f"{summary.variation:.1%}", f"{summary.drift:+.1%}", str(len(summary.samples))]
-            rows.append((f"{name}, {engine}", *figures, *signs))
-        load = phase.gate.load
-        state = "stable" if phase.gate.stable else "**unstable**: " + "; ".join(phase.gate.reasons)
-        notes.append(f"{name.capitalize()}: {state}. Other processes used {load.others:.2f} of {load.cores} cores.")
-        if phase.repeated_because:
-            notes[-1] += f" Measured twice, because at first {'; '.join(phase.repeated_because)}."
-    threads = ", ".join(f"{name} {count}" for name, count in latency.threads.items() if count is not None)
-    if threads:
-        notes.append(f"Threads: {threads}.")
-    return [markdown_table(header, rows, right=True), *notes]
-
-
-def _layers(results: Results) -> str:
-    header = ("layer", "rank", "density", "MB", "dense MB", "held-out error")
-    rows = [
-        (
-            layer.name,
-            str(layer.rank),
-            f"{layer.density:.3f}",
-            f"{layer.bytes / 1e6:.2f}",
-            f"{layer.dense_bytes / 1e6:.2f}",
-            MISSING if layer.error is None else f"{layer.error:.4f}",
-        )
-        for layer in results.layers
-    ]
-    return markdown_table(header, rows, right=True)
-
-
-def _environment(results: Results) -> str:
-    here = results.environment
-    facts = {
-        "machine": here.machine,
-        "processor": f"{here.cpu}, {here.logical_cores} cores, of which this process may use {len(here.affinity)}",
-        "memory": f"{here.memory_bytes / 2**30:.1f} GiB",
-        "governor": here.governor or "cannot be read",
-        "load average": ", ".join(f"{load:.2f}" for load in here.load_average),
-        "versions": ", ".join(f"{name} {version}" for name, version in here.versions.items()),
-        "build record": results.engine.build_record or MISSING,
-    }
-    return markdown_table(("", ""), facts.items())
+def markdown_table(table: Table) -> str:
+    """A GitHub table."""
+    rule = ["---", *["---:" if table.right else "---"] * (len(table.header) - 1)]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (table.header, rule, *cells))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from sslc_common import errors
 from validate.accuracy import Accuracy
 from validate.attribution import Attribution
+from validate.baseline import Change
 from validate.environment import Environment
 from validate.latency import Latency
 from validate.limits import (
@@ -86,8 +87,9 @@ class Results:
         latency: Beside the dense engine.
         size: On disk and in memory.
         layers: The compression report.
-        skipped: Why something is missing, by what it is: "numerics", "attribution", "accuracy", "accuracy.dense", "latency",
-            "latency.dense", "size".
+        baseline: What changed since an accepted verdict.
+        skipped: Why something is missing, by what it is: "numerics", "attribution", "accuracy", "accuracy.dense",
+            "latency", "latency.dense", "size".
     """
 
     engine: EngineRecord
@@ -99,6 +101,7 @@ class Results:
     latency: Latency | None = None
     size: SizeLedger = field(default_factory=SizeLedger)
     layers: tuple[LayerRecord, ...] = ()
+    baseline: tuple[Change, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
 
     def why_missing(self, what: str) -> str:

@@ -6,7 +6,7 @@ single layers are cut out of it with their weights still byte ranges of the engi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,14 @@ class OnnxRuntimeProbe:
     """
 
     def __init__(self, path: Path, reference: TorchProbe, threads: int | None = None) -> None:
-        self._folder, self._reference, self._threads = path.resolve().parent, reference, threads
+        self.path, self._reference, self._threads = path.resolve(), reference, threads
         self._model = ir.load(path)
         self._nodes = {
             str(node.name): node
             for node in self._model.graph
             if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)
         }
-        self.layers = list(self._nodes)
+        self.layers: Sequence[str] = list(self._nodes)
         self.no_kernel: str | None = None
         self._library: Path | None = None
         try:
@@ -208,19 +208,18 @@ class OnnxRuntimeProbe:
         }
 
     def _model_with_activations(self) -> onnx.ModelProto:
-        proto = ir.to_proto(self._model)
-        known = {output.name for output in proto.graph.output}
-        for name in dict.fromkeys(name for pair in self._activations().values() for name in pair):
-            if name not in known:
-                proto.graph.output.add(name=name).type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-        return proto
+        model = ir.load(self.path)
+        values = {str(value.name): value for node in model.graph for value in (*node.inputs, *node.outputs) if value}
+        wanted = dict.fromkeys(name for pair in self._activations().values() for name in pair)
+        model.graph.outputs.extend(values[name] for name in wanted if values[name] not in model.graph.outputs)
+        return ir.to_proto(model)
 
     def _session(self, model: onnx.ModelProto, library: Path | None) -> ort.InferenceSession:
         options = ort.SessionOptions()
         if self._threads:
             options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
         # The body of a layer is run a few times: not worth the memory of folding S.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(2**20))
         if library is not None:

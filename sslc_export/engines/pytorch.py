@@ -57,6 +57,6 @@ def fork(cache: Cache) -> Cache:
 
     A layer's update binds new tensors to it and changes none, so copies of the layer objects suffice.
     """
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    return fork
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from compress.format import Checkpoint
 from compress.hf import load
 from compress.layer import pack, unpack_mask
+from plugins_ort import library
 from sslc_common.errors import InputError, MissingError
 from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
 from sslc_export.engines.probes import OnnxRuntimeProbe, TorchProbe
+from sslc_export.explain import explain
 from sslc_export.lowering.lower import lower
 from tests.tiny_models import FAMILIES, VOCABULARY, Lowered, compress_at_random, lowered, save_tiny
 from validate.attribution import Attribution, attribute
@@ -276,8 +280,30 @@ def test_an_engine_of_another_checkpoint_is_called_that(tmp_path):
 def test_a_bitmap_that_contradicts_its_values_is_refused_by_the_kernel(tmp_path):
     model = lowered("llama")
     path = broken(model, tmp_path, weight(model, f"{GATE}.bitmap", lambda bitmap: bitmap ^ torch.eye(80, 2).int()))
-    with pytest.raises(InputError, match="layers.1.mlp.gate_proj"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.gate_proj"):
         OnnxRuntimeEngine(path, threads=1)
+
+
+def test_a_layer_is_written_as_a_reproducer_that_runs_alone(tmp_path):
+    model = lowered("llama")
+    path = broken(model, tmp_path, weight(model, f"{UP}.U", lambda U: U * 1.01))
+    reference = TorchProbe(load(model.folder, dtype=torch.float32))
+    errors = explain(reference, OnnxRuntimeProbe(path, reference, 1), UP, TEXT, tmp_path / "explained" / UP)
+    assert errors["function"] > 1e-4
+    assert errors["kernel"] == pytest.approx(errors["function"], rel=1e-3)
+    moved = (tmp_path / "explained" / UP).rename(tmp_path / "sent")
+    assert sorted(file.name for file in moved.iterdir()) == ["data.npz", "model.onnx", "run.py"]
+    for library_arguments in ([], ["--library", str(library.library_path())]):
+        command = [sys.executable, str(moved / "run.py"), *library_arguments]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        assert float(said.split()[2]) == pytest.approx(errors["function"], rel=1e-3)
+
+
+def test_an_unknown_layer_cannot_be_explained(tmp_path):
+    model = lowered("llama")
+    reference = TorchProbe(load(model.folder, dtype=torch.float32))
+    with pytest.raises(InputError, match=r"model\.layers\.0"):
+        explain(reference, OnnxRuntimeProbe(model.path, reference, 1), "lm_head", TEXT, tmp_path / "out")
 
 
 def test_a_wrong_kernel_is_blamed_on_the_kernel(monkeypatch):

@@ -46,9 +46,7 @@ NUMERICS = Numerics(
 )
 
 
-ATTRIBUTION = Attribution(
-    (LayerErrors("model.layers.0.mlp.up_proj", 0.083, 2e-7, 1e-7, 3e-7, 4e-7),), None, None, 1e-5
-)
+ATTRIBUTION = Attribution((LayerErrors("model.layers.0.mlp.up_proj", 0.083, 2e-7, 1e-7, 3e-7, 4e-7),), None, None, 1e-5)
 
 
 def perplexity(value: float) -> Perplexity:

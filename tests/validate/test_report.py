@@ -80,7 +80,7 @@ def test_the_fields_that_scripts_rely_on_are_there():
     assert document["latency"]["decode"]["engines"]["compressed"]["median_ms"] == 15.0
     assert document["latency"]["decode"]["engines"]["compressed"]["samples_ms"] == [15.0, 15.15]
     assert (document["engine"]["kernel_layers"], document["engine"]["dense_layers"]) == (209, 1)
-    assert document["limits"][1] == {
+    assert document["limits"][2] == {
         "name": "max_perplexity_ratio",
         "metric": "accuracy.perplexity_ratio",
         "value": 1.33,
@@ -133,7 +133,14 @@ def test_report_md_reads_from_verdict_to_environment(tmp_path):
     text = report.read_text()
     assert text.splitlines()[0] == f"# {headline(VERDICTS['passed'])}"
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings == ["## Limits", "## Numerics", "## Where errors come from", "## Latency", "## Layers", "## Environment"]
+    assert headings == [
+        "## Limits",
+        "## Numerics",
+        "## Where errors come from",
+        "## Latency",
+        "## Layers",
+        "## Environment",
+    ]
     for line in (
         "Engine `engine.onnx`: 209 layers in the sparse + low-rank kernel, 1 dense. "
         "Measured 2026-11-22T12:00:00+00:00.",
@@ -178,7 +185,7 @@ def test_tables_keep_their_columns_whatever_stands_in_them(tmp_path):
 def test_a_report_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
     write_report(VERDICTS["passed"], tmp_path)
     write_report(VERDICTS["regression"], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md", "verdict.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["junit.xml", "report.html", "report.md", "verdict.json"]
     assert json.loads((tmp_path / "verdict.json").read_text())["verdict"] == "regression"
 
 

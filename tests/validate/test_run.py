@@ -36,7 +36,7 @@ def test_a_right_engine_passes_with_every_stage_run():
     limits = Limits(max_size_ratio=Limit(value=0.8))
     verdict = everything(toys.Toy(dtype=np.float32), sizes=SizeLedger(engine=Bytes(100, 70)), limits=limits)
     assert verdict.verdict == "passed"
-    assert verdict.results.skipped == {}
+    assert verdict.results.skipped == {"attribution": "no way into the engine's layers was given"}
     document = to_document(verdict)
     jsonschema.Draft202012Validator(schema()).validate(document)
     assert document["accuracy"]["perplexity_ratio"] > 0
@@ -57,6 +57,7 @@ def test_stages_without_their_material_are_skipped_with_a_reason():
     verdict = validate(toys.Toy(), reference=toys.Toy(), held_out=HELD_OUT, options=QUICK)
     assert verdict.verdict == "passed"
     assert verdict.results.skipped == {
+        "attribution": "no way into the engine's layers was given",
         "accuracy.dense": "no dense engine was given",
         "latency.dense": "no dense engine was given",
         "size": "the sizes of the engine and of a dense one were not both given",

@@ -15,7 +15,7 @@ def limits(**values):
 def test_numerics_alone_decide_by_default():
     verdict = judge(given.RESULTS, Limits())
     assert (verdict.verdict, verdict.exit_code) == ("passed", 0)
-    assert [limit.name for limit in verdict.limits] == ["max_relative_l2"]
+    assert [limit.name for limit in verdict.limits] == ["max_relative_l2", "max_layer_error"]
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_limits_on_what_was_not_measured_are_inconclusive_with_the_reason():
 def test_nan_is_a_regression():
     verdict = judge(given.broken(), limits(max_perplexity_ratio=1.4))
     assert verdict.verdict == "regression"
-    assert [limit.outcome for limit in verdict.limits] == ["regression", "regression"]
+    assert [limit.outcome for limit in verdict.limits] == ["regression"] * 3

@@ -1,0 +1,92 @@
+"""What changed since an accepted verdict. Only what is comparable is compared: the same text, intervals that part."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sslc_common.errors import InputError
+
+Outcome = Literal["better", "same", "worse"]
+
+# Sizes and perplexities of a rebuild with the same seed are equal; across versions of torch they waver by less.
+_TOLERANCE = 0.002
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric, before and now.
+
+    Attributes:
+        metric: Its path in verdict.json.
+        before: In the baseline.
+        now: In this verdict.
+        outcome: "better", "same" or "worse".
+        reason: How that was decided.
+    """
+
+    metric: str
+    before: float
+    now: float
+    outcome: Outcome
+    reason: str
+
+
+def read_baseline(file: Path) -> dict[str, Any]:
+    """Reads a verdict.json.
+
+    Raises:
+        InputError: it is missing, damaged, or of another version.
+    """
+    if not file.is_file():
+        raise InputError(f"There is no baseline {file}", do="Check the path given to --baseline")
+    try:
+        document = json.loads(file.read_bytes())
+        version = document["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The baseline {file} is not a verdict.json", got=repr(error)) from error
+    if version != 1:
+        raise InputError(f"The baseline {file} has an unknown version", got=version, allowed="1")
+    return dict(document)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[Change, ...]:
+    """Compares two verdicts as documents; what is missing in either is left out."""
+    found = []
+    for metric in ("size.ratio", "accuracy.perplexity", "accuracy.perplexity_ratio"):
+        old, new = _at(before, metric), _at(now, metric)
+        if metric.startswith("accuracy") and _at(before, "accuracy.text_sha256") != _at(now, "accuracy.text_sha256"):
+            continue  # another text: nothing to compare
+        if old is not None and new is not None:
+            found.append(_smaller_is_better(metric, old, new))
+    for phase in ("prefill", "decode"):
+        metric = f"latency.{phase}.speedup"
+        old, new = _at(before, metric), _at(now, metric)
+        if old is not None and new is not None and None not in (*old.values(), *new.values()):
+            found.append(_faster_is_better(metric, old, new))
+    return tuple(found)
+
+
+def _smaller_is_better(metric: str, old: float, new: float) -> Change:
+    change = new / old - 1
+    outcome: Outcome = "same" if abs(change) <= _TOLERANCE else "worse" if change > 0 else "better"
+    return Change(metric, old, new, outcome, f"{change:+.2%} (within ±{_TOLERANCE:.1%} is the same)")
+
+
+def _faster_is_better(metric: str, old: dict[str, float], new: dict[str, float]) -> Change:
+    outcome: Outcome = "same"
+    if new["high"] < old["low"]:
+        outcome = "worse"
+    elif new["low"] > old["high"]:
+        outcome = "better"
+    intervals = f"{old['low']:.3f} to {old['high']:.3f}, now {new['low']:.3f} to {new['high']:.3f}"
+    return Change(metric, old["median"], new["median"], outcome, f"95% intervals: {intervals}")
+
+
+def _at(document: dict[str, Any], path: str) -> Any:
+    value: Any = document
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,192 @@
+"""What a report says, section by section: report.md and report.html differ only in how they show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from validate.attribution import Attribution
+from validate.latency import Latency
+from validate.limits import LimitResult
+from validate.numerics import Numerics
+from validate.summary import MISSING, SUMMARY_HEADER, summary_table
+from validate.verdict import Results, Verdict
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; with `right`, all columns but the first are figures."""
+
+    header: Sequence[str]
+    rows: Iterable[Sequence[str]]
+    right: bool = False
+
+
+# A paragraph may have `code` and **strong** words.
+Block = str | Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, empty for what stands on top, and what is below it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+def sections(verdict: Verdict) -> list[Section]:
+    """All of them, in order, without the headline."""
+    results = verdict.results
+    about = f"Engine `{results.engine.name}`{_layer_counts(results)}. Measured {results.created}."
+    if results.engine.fallback_reason:
+        about += f" **The kernel does not run: {results.engine.fallback_reason}.**"
+    parts = [
+        Section("", [about, Table(SUMMARY_HEADER, summary_table(verdict), right=True)]),
+        Section("Limits", [Table(("limit", "demanded", "outcome", "why"), [_limit_row(x) for x in verdict.limits])]),
+    ]
+    if results.baseline:
+        parts.append(Section("Since the baseline", [_baseline(results)]))
+    if results.numerics:
+        parts.append(Section("Numerics", _numerics(results.numerics)))
+    if results.attribution:
+        parts.append(Section("Where errors come from", _attribution(results.attribution)))
+    if results.latency:
+        parts.append(Section("Latency", _latency(results.latency)))
+    if results.skipped:
+        parts.append(Section("Not measured", [Table(("what", "why"), list(results.skipped.items()))]))
+    if results.layers:
+        parts.append(Section("Layers", [_layers(results)]))
+    parts.append(Section("Environment", [_environment(results)]))
+    return parts
+
+
+def _baseline(results: Results) -> Table:
+    rows = [
+        (change.metric, f"{change.before:.4g}", f"{change.now:.4g}", change.outcome, change.reason)
+        for change in results.baseline
+    ]
+    return Table(("metric", "before", "now", "outcome", "why"), rows)
+
+
+def _layer_counts(results: Results) -> str:
+    engine = results.engine
+    if engine.kernel_layers is None or engine.dense_layers is None:
+        return ""
+    return f": {engine.kernel_layers} layers in the sparse + low-rank kernel, {engine.dense_layers} dense"
+
+
+def _limit_row(limit: LimitResult) -> tuple[str, str, str, str]:
+    why = limit.reason + (f" (the limit: {limit.limit_reason})" if limit.limit_reason else "")
+    return f"`{limit.name}`", f"{limit.comparison} {limit.limit:g}", limit.outcome, why
+
+
+def _numerics(numerics: Numerics) -> list[Block]:
+    header = (
+        "phase",
+        "positions",
+        "relative L2",
+        "worst position",
+        "cosine",
+        "max error / rms",
+        "KL",
+        "top-1",
+        "beyond noise",
+    )
+    rows = [
+        (
+            phase.phase,
+            str(phase.positions),
+            f"{phase.relative_l2:.1e}",
+            f"{phase.worst_relative_l2:.1e}",
+            f"{phase.cosine:.6f}",
+            f"{phase.max_error_over_rms:.1e}",
+            f"{phase.kl_mean:.1e}",
+            f"{phase.top1_agreement:.2%}",
+            f"{phase.margin_top1_agreement:.2%}",
+        )
+        for phase in numerics.phases
+    ]
+    parts: list[Block] = [
+        "Logits against the compressed PyTorch model. “Beyond noise” is the share of equal top-1 tokens when near-ties "
+        "that rounding explains are forgiven.",
+        Table(header, rows, right=True),
+    ]
+    if numerics.non_finite:
+        parts.append(f"**{numerics.non_finite} logits were NaN or infinite.**")
+    if numerics.greedy_tokens:
+        parts.append(f"Greedy generation: {numerics.greedy_agreement:.1%} of {numerics.greedy_tokens} tokens alike.")
+    for parted in numerics.divergences:
+        why = "a near-tie" if parted.explained else "**more than rounding explains**"
+        parts.append(
+            f"Prompt {parted.prompt} parts at token {parted.step}: {parted.reference_token} in PyTorch, "
+            f"{parted.engine_token} in the engine, {parted.margin:.2g} apart: {why}."
+        )
+    return parts
+
+
+def _attribution(attribution: Attribution) -> list[Block]:
+    header = ("layer", "compression", "lowering", "kernel", "input in place", "output in place")
+    rows = [
+        (
+            layer.name,
+            *(
+                MISSING if error is None else f"{error:.1e}"
+                for error in (layer.compression, layer.lowering, layer.kernel, layer.input, layer.output)
+            ),
+        )
+        for layer in attribution.layers
+    ]
+    first = attribution.first
+    said = f"First wrong: `{first.layer}`, {first.stage}: {first.explanation}." if first else "No layer is wrong."
+    notes = [f"No kernel was compared: {attribution.no_kernel}."] if attribution.no_kernel else []
+    return [f"**{said}**" if first else said, *notes, Table(header, rows, right=True)]
+
+
+def _latency(latency: Latency) -> list[Block]:
+    header = ("", "median", "p5", "p95", "mean", "variation", "drift", "samples")
+    rows, notes = [], []
+    for name, phase in (("prefill", latency.prefill), ("decode", latency.decode)):
+        for engine, summary in phase.engines.items():
+            times = (summary.median, summary.p5, summary.p95, summary.mean)
+            figures = [f"{seconds * 1e3:.2f} ms" for seconds in times]
+            signs = [f"{summary.variation:.1%}", f"{summary.drift:+.1%}", str(len(summary.samples))]
+            rows.append((f"{name}, {engine}", *figures, *signs))
+        load = phase.gate.load
+        state = "stable" if phase.gate.stable else "**unstable**: " + "; ".join(phase.gate.reasons)
+        notes.append(f"{name.capitalize()}: {state}. Other processes used {load.others:.2f} of {load.cores} cores.")
+        if phase.repeated_because:
+            notes[-1] += f" Measured twice, because at first {'; '.join(phase.repeated_because)}."
+    threads = ", ".join(f"{name} {count}" for name, count in latency.threads.items() if count is not None)
+    if threads:
+        notes.append(f"Threads: {threads}.")
+    return [Table(header, rows, right=True), *notes]
+
+
+def _layers(results: Results) -> Table:
+    header = ("layer", "rank", "density", "MB", "dense MB", "held-out error")
+    rows = [
+        (
+            layer.name,
+            str(layer.rank),
+            f"{layer.density:.3f}",
+            f"{layer.bytes / 1e6:.2f}",
+            f"{layer.dense_bytes / 1e6:.2f}",
+            MISSING if layer.error is None else f"{layer.error:.4f}",
+        )
+        for layer in results.layers
+    ]
+    return Table(header, rows, right=True)
+
+
+def _environment(results: Results) -> Table:
+    here = results.environment
+    facts = {
+        "machine": here.machine,
+        "processor": f"{here.cpu}, {here.logical_cores} cores, of which this process may use {len(here.affinity)}",
+        "memory": f"{here.memory_bytes / 2**30:.1f} GiB",
+        "governor": here.governor or "cannot be read",
+        "load average": ", ".join(f"{load:.2f}" for load in here.load_average),
+        "versions": ", ".join(f"{name} {version}" for name, version in here.versions.items()),
+        "build record": results.engine.build_record or MISSING,
+    }
+    return Table(("", ""), facts.items())
