@@ -23,6 +23,7 @@ from sslc_export.recipe import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from compress.report import CompressReport
@@ -198,6 +199,8 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
         seed=0,
         what="held-out",
     )
+    if dense is not None:
+        _require_same_tokenizer(checkpoint, dense, held_out)
     # The dense twin is lowered where the engine is: there is space, and its weights may be large for /tmp.
     with tempfile.TemporaryDirectory(prefix=".dense-", dir=path.parent) as folder:
         twin = None
@@ -227,6 +230,24 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 layers=layer_records(checkpoint),
                 progress=console.progress,
             )
+
+
+def _require_same_tokenizer(checkpoint: Path, dense: Path, held_out: Tensor) -> None:
+    """Refuses a dense model that reads text otherwise: perplexities over different tokens say nothing."""
+    from transformers import AutoTokenizer
+
+    if not (dense / "tokenizer.json").is_file():
+        return  # nothing to compare; the tokens of the checkpoint are given to both
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (checkpoint, dense))
+    text = ours.decode(held_out[0][:_EXPLAIN_TOKENS])
+    a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (ours, theirs))
+    if a != b:
+        raise InputError(
+            "The compressed and the dense model have different tokenizers",
+            got=f"{a[:6]} and {b[:6]} for {text[:30]!r}",
+            allowed="the same token ids for the same text",
+            do="Give the dense model that this one was compressed from as --reference",
+        )
 
 
 def _probes(

@@ -11,7 +11,8 @@ DESCRIPTION = """\
 Compares an engine with the PyTorch model that it was made from (which it must match), and with the dense model:
 size, perplexity on held-out text, prefill and decode latency, interleaved in one run.
 
-Writes report/verdict.json and report/report.md. Limits come from flags or from a file (docs/verdict.md).
+Writes report/verdict.json, junit.xml, report.md and report.html, and names the first layer that is wrong if one is.
+Limits come from flags or from a file (docs/verdict.md).
 
 Exit codes: 0 passed, 1 a limit was missed, 2 bad input, 3 a backend is missing, 4 the measurement was inconclusive."""
 

@@ -48,6 +48,12 @@ def test_the_golden_path_passes_and_writes_all_it_promises(built):
     assert 0 < verdict["size"]["ratio"] < 1
     assert verdict["accuracy"]["perplexity_ratio"] > 0
     assert "passed" in (folder / "report" / "report.md").read_text().lower()
+    assert verdict["attribution"]["first"] is None
+    assert verdict["attribution"]["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
+    assert len(verdict["attribution"]["layers"]) == 21
+    assert all(layer["compression"] > 0 for layer in verdict["attribution"]["layers"])
+    assert "PASSED" in (folder / "report" / "report.html").read_text()
+    assert 'failures="0"' in (folder / "report" / "junit.xml").read_text()
 
 
 def test_the_record_describes_the_engine(built, tiny_folder):
@@ -75,6 +81,39 @@ def test_a_missed_limit_is_a_regression(built, tiny_folder, text_file, tmp_path)
     verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
     assert verdict["verdict"] == "regression"
     assert [limit["name"] for limit in verdict["limits"] if limit["outcome"] == "regression"] == ["max_size_ratio"]
+
+
+def test_a_baseline_is_compared_and_a_wrong_one_is_told_at_once(built, tiny_folder, text_file, tmp_path, capsys):
+    arguments = ["--engine", str(built[0] / "engine.onnx"), "--reference", str(tiny_folder), *QUICK]
+    arguments += ["--held-out", str(text_file), "--report", str(tmp_path / "report")]
+    assert validate.main([*arguments, "--baseline", str(tmp_path / "nowhere.json")]) == 2
+    assert "no baseline" in capsys.readouterr().err
+    assert validate.main([*arguments, "--baseline", str(built[0] / "report" / "verdict.json")]) == 0
+    changes = {c["metric"]: c for c in json.loads((tmp_path / "report" / "verdict.json").read_text())["baseline"]}
+    assert changes["size.ratio"]["outcome"] == "same"
+    assert changes["accuracy.perplexity"]["before"] == changes["accuracy.perplexity"]["now"]
+
+
+def test_a_layer_is_explained(built, text_file, tmp_path, capsys):
+    arguments = ["--engine", str(built[0] / "engine.onnx"), "--held-out", str(text_file), "--report", str(tmp_path)]
+    layer = "model.layers.0.mlp.up_proj"
+    assert validate.main([*arguments, "--explain", layer]) == 0
+    assert (tmp_path / "explain" / layer / "run.py").is_file()
+    assert validate.main([*arguments, "--explain", "lm_head"]) == 2
+    assert "no such compressed layer" in capsys.readouterr().err
+
+
+def test_a_reference_with_another_tokenizer_is_refused(built, tiny_folder, text_file, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    tokenizer["model"]["vocab"] = dict(zip(tokens, [*range(1, len(tokens)), 0], strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    arguments = ["--engine", str(built[0] / "engine.onnx"), "--reference", str(other), *QUICK]
+    assert validate.main([*arguments, "--held-out", str(text_file)]) == 2
+    assert "different tokenizers" in capsys.readouterr().err
 
 
 def test_an_engine_is_validated_without_a_dense_model(built, text_file, tmp_path):

@@ -1,4 +1,4 @@
-"""The attribution's logic on probes of plain arrays; real models and engines are in tests/sslc_export/test_faults.py."""
+"""The logic on probes of plain arrays; real models and engines are in tests/sslc_export/test_faults.py."""
 
 import numpy as np
 import pytest
