@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.format import read_config
 from sslc_common.errors import InputError
@@ -83,3 +83,8 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """(N, K): outputs and inputs of one of `linears`."""
     first, second = linear.weight.shape  # type: ignore[misc]
     return (first, second) if isinstance(linear, nn.Linear) else (second, first)
+
+
+def output_rows(linear: nn.Module, weight: Tensor) -> Tensor:
+    """The weight of one of `linears` as [N, K], a view."""
+    return weight if isinstance(linear, nn.Linear) else weight.T

@@ -47,6 +47,11 @@ def parameters(N: int, K: int, nnz: int, rank: int) -> int:
     return nnz + rank * (N + K)
 
 
+def most_values(N: int, K: int, value_bytes: int) -> int:
+    """Values that a layer can hold, in S, U and V together, and still take fewer bytes than dense."""
+    return (dense_bytes(N, K, value_bytes) - bitmap_bytes(N, K) - 1) // value_bytes
+
+
 def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) -> LayerPlan:
     """Splits a layer's budget between U·V and S.
 
@@ -82,4 +87,4 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
 def _rank(N: int, K: int, room: int, options: CompressOptions) -> int:
     if options.rank is not None:
         return min(options.rank, N, K)
-    return min(math.floor(options.rank_share * room / (N + K)), N, K)
+    return min(math.floor((options.rank_share or 0) * room / (N + K)), N, K)

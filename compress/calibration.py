@@ -20,7 +20,14 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 def read_tokens(
-    sources: Sequence[str], model: Path, *, tokens: int, length: int, seed: int, what: str = "calibration"
+    sources: Sequence[str],
+    model: Path,
+    *,
+    tokens: int,
+    length: int,
+    seed: int,
+    what: str = "calibration",
+    less: bool = False,
 ) -> Tensor:
     """Draws sequences of tokens from texts, the same number from each source, in turns.
 
@@ -32,6 +39,7 @@ def read_tokens(
         length: L, tokens per sequence.
         seed: Of the draw.
         what: How errors call the text; held-out text is drawn in the same way.
+        less: Whether fewer sequences will do where a source has too little text.
 
     Returns:
         int64 [tokens // length, length].
@@ -51,7 +59,7 @@ def read_tokens(
     for index in range(tokens // length - sum(wanted)):
         wanted[index] += 1
     drawn = [
-        _draw(source, _text(source, what), tokenizer, count, length, seed, what)
+        _draw(source, _text(source, what), tokenizer, count, length, seed, what, less)
         for source, count in zip(sources, wanted, strict=True)
         if count
     ]
@@ -79,7 +87,9 @@ def hold_out(tokens: Tensor) -> tuple[Tensor, int]:
     return torch.cat([tokens[~held_out], tokens[held_out]]), int((~held_out).sum())
 
 
-def _draw(source: str, text: str, tokenizer: object, count: int, length: int, seed: int, what: str) -> Tensor:
+def _draw(
+    source: str, text: str, tokenizer: object, count: int, length: int, seed: int, what: str, less: bool
+) -> Tensor:
     size = _SEQUENCES_PER_PIECE * length * _CHARACTERS_PER_TOKEN
     pieces = list(_pieces(text, size))
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -88,6 +98,8 @@ def _draw(source: str, text: str, tokenizer: object, count: int, length: int, se
         ids += tokenizer(pieces[index], add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[operator]
         if len(ids) >= count * length:
             break
+    if less:
+        count = min(count, max(1, len(ids) // length))
     if len(ids) < count * length:
         raise InputError(
             f"The {what} text {source} is {'too short' if ids else 'empty'}",

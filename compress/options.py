@@ -28,10 +28,17 @@ METHODS = {
     "wanda": MethodTraits(calibrated=True, low_rank=False),
     "sparsegpt": MethodTraits(calibrated=True, low_rank=False),
     "oats": MethodTraits(calibrated=True, low_rank=True),
+    "alps": MethodTraits(calibrated=True, low_rank=False),
+    "hassle_free": MethodTraits(calibrated=True, low_rank=True),
     "sslc": MethodTraits(calibrated=True, low_rank=True),
+    "three_basil": MethodTraits(calibrated=True, low_rank=True),
+    "cap": MethodTraits(calibrated=True, low_rank=True),
+    "svd_llm": MethodTraits(calibrated=True, low_rank=True),
+    "fwsvd": MethodTraits(calibrated=True, low_rank=True),
 }
 VALUE_BYTES = {"f32": 4, "bf16": 2}
 BUDGET_UNITS = ("bytes", "params")
+ALLOCATIONS = ("fisher", "uniform")
 
 
 @dataclass(frozen=True)
@@ -40,17 +47,23 @@ class CompressOptions:
 
     Attributes:
         method: One of METHODS.
-        budget: Compressed over dense size of each layer, 0 < budget ≤ 1, in the unit of `budget_in`.
+        budget: Compressed over dense size of all layers together, 0 < budget ≤ 1, in the unit of `budget_in`.
         budget_in: "bytes": what is stored (values, bitmap, U, V) over the dense bytes at the same value type.
             "params": the papers' count, (nnz + r(N + K)) / NK.
+        allocation: "fisher": one threshold for the whole model on the loss that each entry's removal would cause (see
+            `compress.allocation`). "uniform": the same budget for every layer, as without calibration text.
         values_dtype: Type of values, U and V: "f32" or "bf16".
-        rank_share: Share of the room for values that goes to U and V. Methods without a low-rank part ignore it.
+        rank_share: Share of the room for values that goes to U and V; None for the rank that pays in each layer, often
+            0, and always 0 with a uniform allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
         mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
             A layer that would keep more than CAP/GROUP of its entries keeps as many as the rule allows.
         calibration: Text files, folders of .txt files, or Hugging Face dataset names, mixed evenly.
         calibration_tokens: How many tokens of them are used; an eighth is held out to measure errors.
         sequence_length: Tokens per calibration sequence.
+        tuning_minutes: How long the whole compressed model is tuned towards the dense one's predictions on more text
+            from the calibration sources (`compress.tuning`). Needs both models in memory; the result depends on how
+            far the machine gets. 0 for none.
         seed: Of the choice of text and of the randomized SVD.
         exclude: Patterns (`*.mlp.down_proj`, fnmatch) of layers that stay dense.
         overwrite: Replace an existing output, and drop interrupted work that was begun with other options.
@@ -59,16 +72,18 @@ class CompressOptions:
         InputError: an option is out of its range.
     """
 
-    method: str = "sslc"
+    method: str = "hassle_free"
     budget: float = 0.5
     budget_in: str = "bytes"
+    allocation: str = "fisher"
     values_dtype: str = "f32"
-    rank_share: float = 0.1
+    rank_share: float | None = None
     rank: int | None = None
     mask_rule: str = FREE
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 32768
     sequence_length: int = 512
+    tuning_minutes: float = 0.0
     seed: int = 0
     exclude: tuple[str, ...] = ()
     overwrite: bool = False
@@ -77,9 +92,10 @@ class CompressOptions:
         _one_of("Method", self.method, METHODS)
         object.__setattr__(self, "budget", parse_budget(self.budget))
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
+        _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
         parse_rule(self.mask_rule)
-        if not 0 <= self.rank_share <= 1:
+        if self.rank_share is not None and not 0 <= self.rank_share <= 1:
             raise InputError("The rank share is out of range", got=self.rank_share, allowed="0 ≤ rank_share ≤ 1")
         if self.rank is not None and self.rank < 0:
             raise InputError("The rank is negative", got=self.rank, allowed="0 or more")
@@ -90,6 +106,8 @@ class CompressOptions:
                 allowed="rank 0",
                 do=f"Leave the rank out, or choose {_names(m for m, t in METHODS.items() if t.low_rank)}",
             )
+        if not 0 <= self.tuning_minutes < math.inf:
+            raise InputError("The tuning time is out of range", got=self.tuning_minutes, allowed="0 minutes or more")
         if self.sequence_length < 2:
             raise InputError("The sequence length is too short", got=self.sequence_length, allowed="2 or more")
         if self.calibration_tokens < 2 * self.sequence_length:

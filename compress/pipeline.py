@@ -7,9 +7,7 @@ the calibration sequences, however many blocks there are.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,23 +16,26 @@ import torch
 from torch import Tensor
 
 from compress.architectures import linears
-from compress.blocks import LayerInputs, collect_inputs, embed, run, spilled_bytes
+from compress.blocks import LayerInputs, collect_inputs, embed, return_freed_memory, run, spilled_bytes
 from compress.budget import LayerPlan
 from compress.calibration import fingerprint, hold_out, read_tokens
 from compress.folder import copy_companions, shard_name, write_config, write_index, write_json
 from compress.format import Progress, no_progress
+from compress.importance import Importance, load, measure, save, scratch_bytes
 from compress.layer import LowRankSparseLinear
 from compress.options import METHODS, CompressOptions
-from compress.planning import plan_model, space_needed
+from compress.planning import plan_model, share_out, space_needed
 from compress.report import CompressReport, LayerReport
 from compress.shards import read_header, read_tensor, write_shard
 from compress.solve import compress_block
 from compress.source import Source, assign
+from compress.tuning import TOKENS, forget, tune_folder
 from compress.work import ALGORITHM_VERSION, Work, source_hash
 from sslc_common.errors import InputError
 from sslc_common.files import remove, require_space, writing
 
 REPORT = "compression_report.json"
+_IMPORTANCE = "importance.safetensors"
 _SPILL = "hidden_states.bin"
 
 
@@ -88,8 +89,15 @@ def compress_model(
         work = Work.begin(out, identity, options.overwrite)
         resumed = len(work.finished)
         spilled = 0 if tokens is None else spilled_bytes(dense, tokens)
+        importance: dict[str, Importance] = {}
+        seen = tokens[:solving] if tokens is not None and options.allocation == "fisher" else None
+        if seen is not None:
+            spilled = max(spilled, scratch_bytes(dense, seen))
         require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
-        _compress_blocks(work, dense, plans, options, tokens, solving, progress)
+        if seen is not None:
+            importance = _importance(work, dense, seen, options.seed, progress)
+            plans = share_out(dense, plans, importance, options)
+        _compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
         rows = [row for block in work.finished for row in block]
         rest = {name: dense.read(name) for name in dense.outside_blocks()}
         write_shard(work.folder / _shards(dense)[-1], rest)
@@ -97,6 +105,9 @@ def compress_model(
         written = write_index(work.folder, _shards(dense))
         copy_companions(source, work.folder)
         write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
+        if options.tuning_minutes:
+            text = tokens[:solving] if tokens is not None and not options.calibration else _tuning_text(source, options)
+            tune_folder(work.folder, source, text, options.tuning_minutes, progress)
         report = CompressReport(
             method=options.method,
             layers=tuple(rows),
@@ -110,6 +121,8 @@ def compress_model(
             resumed_blocks=resumed,
         )
         write_json(work.folder / REPORT, report.to_json())
+        remove(work.folder / _IMPORTANCE)
+        forget(work.folder)
         work.publish(out)
     return report
 
@@ -173,10 +186,31 @@ def _calibration_tokens(source: Source, options: CompressOptions, tokens: Tensor
     return tokens
 
 
+def _tuning_text(source: Path, options: CompressOptions) -> Tensor:
+    """Sequences [n, L] from the calibration sources, drawn on beyond those that were calibrated on."""
+    return read_tokens(
+        options.calibration,
+        source,
+        tokens=max(TOKENS, options.calibration_tokens),
+        length=options.sequence_length,
+        seed=options.seed,
+        less=True,
+    )
+
+
+def _importance(work: Work, source: Source, tokens: Tensor, seed: int, progress: Progress) -> dict[str, Importance]:
+    """The importance of every layer: measured, or what an interrupted run measured."""
+    path = work.folder / _IMPORTANCE
+    if not path.is_file():
+        save(path, measure(source, tokens, work.folder / _SPILL, seed, progress))
+    return load(path)
+
+
 def _compress_blocks(
     work: Work,
     source: Source,
     plans: dict[str, LayerPlan],
+    importance: dict[str, Importance],
     options: CompressOptions,
     tokens: Tensor | None,
     solving: int,
@@ -196,7 +230,7 @@ def _compress_blocks(
                 if hidden is not None:
                     gram = METHODS[options.method].calibrated
                     inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
-                rows = compress_block(block, name, stored, inputs, plans, options)
+                rows = compress_block(block, name, stored, inputs, importance, plans, options)
                 write_shard(shard, stored)
                 work.finish_block(rows)
                 del inputs, stored
@@ -205,19 +239,9 @@ def _compress_blocks(
             if hidden is not None:
                 run(block, calls[index], hidden)
             block.to("meta")
-            _return_freed_memory()
+            return_freed_memory()
     finally:
         remove(spill)
-
-
-def _return_freed_memory() -> None:
-    """Hands freed tensors back to the system.
-
-    glibc keeps freed memory in its heap, in pieces that later blocks do not fit into: without this, 8 blocks of
-    LLaMA-7B's shape needed 13 % more memory than 4 (scripts/bench_memory.py).
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def _load_finished(source: Source, name: str, shard: Path) -> None:

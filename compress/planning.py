@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 
-from compress.architectures import linear_shape, linears
+from torch import Tensor
+
+from compress.allocation import allocate
+from compress.architectures import linear_shape, linears, output_rows
 from compress.budget import LayerPlan, plan_layer, stored_bytes
-from compress.options import VALUE_BYTES, CompressOptions
+from compress.importance import Importance
+from compress.options import METHODS, VALUE_BYTES, CompressOptions
 from compress.source import Source
 from sslc_common.errors import InputError
 
 
 def plan_model(source: Source, options: CompressOptions) -> dict[str, LayerPlan]:
-    """A plan for every linear layer of the decoder blocks, by full name.
+    """A plan for every linear layer of the decoder blocks, by full name: the same share for each.
 
     Raises:
         InputError: a pattern of `options.exclude` matches no layer.
@@ -35,6 +39,20 @@ def plan_model(source: Source, options: CompressOptions) -> dict[str, LayerPlan]
             allowed=f"patterns for names such as {next(iter(plans))}",
         )
     return plans
+
+
+def share_out(
+    source: Source, plans: dict[str, LayerPlan], importance: dict[str, Importance], options: CompressOptions
+) -> dict[str, LayerPlan]:
+    """The plans of `plan_model` with their budget shared out by importance; see `compress.allocation`."""
+    linear = {name: source.model.get_submodule(name) for name in plans}
+    shapes = {name: linear_shape(module) for name, module in linear.items()}
+
+    def weight(name: str) -> Tensor:
+        return output_rows(linear[name], source.read(f"{name}.weight"))
+
+    free = options.rank is None and options.rank_share is None and METHODS[options.method].low_rank
+    return allocate(plans, shapes, weight, importance, VALUE_BYTES[options.values_dtype], choose_ranks=free)
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:

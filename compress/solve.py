@@ -11,11 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from compress import budget
-from compress.architectures import linear_shape, linears
+from compress.architectures import linear_shape, linears, output_rows
 from compress.blocks import LayerInputs
 from compress.budget import LayerPlan
+from compress.importance import Importance
 from compress.layer import LowRankSparseLinear, pack
-from compress.methods import linalg, magnitude, masks, oats, sparsegpt, sslc, wanda
+from compress.methods import (
+    alps,
+    cap,
+    fwsvd,
+    hassle_free,
+    linalg,
+    magnitude,
+    masks,
+    oats,
+    sparsegpt,
+    sslc,
+    svd_llm,
+    three_basil,
+    wanda,
+)
 from compress.options import VALUE_BYTES, CompressOptions
 from compress.report import LayerReport
 from compress.rules import MaskRule, parse_rule
@@ -25,7 +40,13 @@ SOLVERS: dict[str, Any] = {
     "wanda": wanda.solve,
     "sparsegpt": sparsegpt.solve,
     "oats": oats.solve,
+    "alps": alps.solve,
+    "hassle_free": hassle_free.solve,
     "sslc": sslc.solve,
+    "three_basil": three_basil.solve,
+    "cap": cap.solve,
+    "svd_llm": svd_llm.solve,
+    "fwsvd": fwsvd.solve,
 }
 _VALUE_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,6 +56,7 @@ def compress_block(
     name: str,
     stored: dict[str, Tensor],
     inputs: dict[str, LayerInputs],
+    importance: dict[str, Importance],
     plans: dict[str, LayerPlan],
     options: CompressOptions,
 ) -> list[LayerReport]:
@@ -53,8 +75,9 @@ def compress_block(
         if rule and plan.nnz > rule.most(N, K):
             plan = replace(plan, nnz=rule.most(N, K))
         began = time.perf_counter()
-        W = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T.contiguous()  # type: ignore[operator]
-        compressed = _solve(full, W, linear.bias, inputs.get(layer), plan, options)  # type: ignore[arg-type]
+        W = output_rows(linear, linear.weight).contiguous()  # type: ignore[arg-type]
+        rows_fisher = importance[full].outputs if full in importance else None
+        compressed = _solve(full, W, linear.bias, inputs.get(layer), rows_fisher, plan, options)  # type: ignore[arg-type]
         rows.append(
             LayerReport(
                 full,
@@ -81,21 +104,33 @@ def _solve(
     W: Tensor,
     bias: Tensor | None,
     inputs: LayerInputs | None,
+    fisher: Tensor | None,
     plan: LayerPlan,
     options: CompressOptions,
 ) -> LowRankSparseLinear:
-    """One layer [N, K], its values as they will be stored."""
+    """One layer [N, K], its values as they will be stored.
+
+    With F [N], `fisher`, the method sees diag(√F)·W: what it minimises over rows and columns is then weighted by how
+    much the model's output depends on each output of the layer.
+    """
     with torch.random.fork_rng(devices=[]):
         # A seed for each layer, not one for the run: a resumed run draws the same numbers.
         torch.manual_seed(options.seed + zlib.crc32(name.encode()))
         gram = None if inputs is None else inputs.gram
+        scale = torch.ones(W.shape[0], 1) if fisher is None else _row_scale(fisher)
         with masks.in_force(parse_rule(options.mask_rule)):
-            mask, *parts = SOLVERS[options.method](W.detach(), gram, plan.nnz, plan.rank)
+            mask, S, U, V = SOLVERS[options.method](scale * W.detach(), gram, plan.nnz, plan.rank)
+    parts = (S / scale, U / scale, V)
     S, U, V = (part.to(_VALUE_DTYPES[options.values_dtype]).contiguous() for part in parts)
     for part in (S, U, V):
         if not torch.isfinite(part).all():
             raise ArithmeticError(f"{options.method} made values of {name} that are not finite")
     return LowRankSparseLinear.from_parts(*pack(S, mask), U, V, bias)
+
+
+def _row_scale(fisher: Tensor) -> Tensor:
+    """√F [N, 1] relative to its mean, within a factor of ten: no row is given up for the others."""
+    return (fisher / fisher.mean().clamp_min(torch.finfo(fisher.dtype).tiny)).sqrt().clamp(0.1, 10)[:, None]
 
 
 def _held_out_error(W: Tensor, layer: LowRankSparseLinear, X: Tensor) -> float:

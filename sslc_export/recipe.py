@@ -44,9 +44,17 @@ class CompressRecipe(_Recipe):
         "bytes",
         description="bytes: values, bitmap, U and V as stored; params: the papers' count, non-zeros + r(N + K)",
     )
+    allocation: Literal["fisher", "uniform"] = Field(
+        "fisher",
+        description="fisher: layers share the budget by how much the model's output depends on them; uniform: the "
+        "same for each",
+    )
     values_dtype: Literal["f32", "bf16"] = Field("f32", description="type of the stored values, U and V")
-    rank_share: float = Field(
-        _DEFAULT.rank_share, ge=0, le=1, description="share of a layer's budget that goes to U and V"
+    rank_share: float | None = Field(
+        _DEFAULT.rank_share,
+        ge=0,
+        le=1,
+        description="share of a layer's budget that goes to U and V (default: what pays in each layer, often nothing)",
     )
     mask_rule: str = Field(
         _DEFAULT.mask_rule,
@@ -60,6 +68,11 @@ class CompressRecipe(_Recipe):
     )
     calibration_tokens: int = Field(_DEFAULT.calibration_tokens, gt=0, description="tokens of calibration text")
     sequence_length: int = Field(_DEFAULT.sequence_length, gt=0, description="tokens of one calibration sequence")
+    tuning_minutes: float = Field(
+        _DEFAULT.tuning_minutes,
+        ge=0,
+        description="minutes of tuning the compressed model towards the dense one's predictions; needs both in memory",
+    )
     exclude: list[str] = Field(
         default_factory=list, description="layers to leave dense, by a glob on their names; may be repeated"
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compress.methods import magnitude, oats, sparsegpt, sslc, wanda
+from compress.methods.cap import robust_pca
 from compress.methods.linalg import damped, input_norms, least_squares_on_support, low_rank
 from compress.methods.masks import top_overall, top_per_row
 from compress.options import METHODS
@@ -188,3 +189,57 @@ def test_low_rank_is_close_to_the_best_approximation(rank):
     best = float(torch.linalg.svdvals(A)[rank:].norm())
     # Halko, Martinsson and Tropp: two power steps and eight extra directions are within a few percent of the best.
     assert float((A - U @ V).norm()) <= 1.03 * best
+
+
+def solved(method, nnz, rank, N=40, K=60):
+    W, H = problem(N, K)
+    return error(W, H, SOLVERS[method](W, H, nnz, rank))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "hassle_free", "three_basil", "sslc", "oats"])
+def test_a_look_at_the_data_is_better_than_magnitude(method):
+    assert solved(method, 1200, 0) < 0.95 * solved("magnitude", 1200, 0)
+
+
+@pytest.mark.parametrize("method", ["hassle_free", "three_basil"])
+def test_joint_methods_are_better_than_alternating_on_diagonals(method):
+    assert solved(method, 900, 4) < solved("oats", 900, 4)
+
+
+def test_alps_is_better_than_least_squares_on_the_mask_of_wanda():
+    assert solved("alps", 1200, 0) < solved("sslc", 1200, 0)
+
+
+@pytest.mark.parametrize("method", ["hassle_free", "three_basil"])
+def test_what_is_sparse_plus_low_rank_is_found_again(method):
+    g = torch.Generator().manual_seed(1)
+    _, H = problem(60, 80)
+    U, V = torch.randn(60, 2, generator=g), torch.randn(2, 80, generator=g)
+    W = U @ V + 6 * torch.randn(60, 80, generator=g) * (torch.rand(60, 80, generator=g) < 0.02)
+    nnz = int((W - U @ V != 0).sum())
+    # The problem is not convex; with twice the values it needs, a few turns come close.
+    assert error(W, H, SOLVERS[method](W, H, 2 * nnz, 2)) < 0.05
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "fwsvd", "hassle_free", "three_basil"])
+def test_full_rank_is_exact(method):
+    W, H = problem()
+    assert error(W, H, SOLVERS[method](W, H, 0, 24)) < 1e-3
+
+
+def test_svd_llm_is_the_best_of_its_rank():
+    W, H = problem()
+    root = torch.linalg.cholesky(damped(H).double())
+    solution = SOLVERS["svd_llm"](W, H, 0, 6)
+    D = (W - solution.U @ solution.V).double() @ root
+    best = float(torch.linalg.svdvals(W.double() @ root)[6:].norm())
+    assert float(D.norm()) == pytest.approx(best, rel=0.01)  # the SVD is randomized
+
+
+def test_robust_pca_finds_low_rank_under_large_errors():
+    g = torch.Generator().manual_seed(0)
+    L = torch.randn(60, 3, generator=g) @ torch.randn(3, 50, generator=g)
+    A = L + 20 * torch.randn(60, 50, generator=g) * (torch.rand(60, 50, generator=g) < 0.05)
+    left, s, right = robust_pca(A, 200)
+    # What Candès et al. prove exact comes within a few per cent in a finite number of iterations.
+    assert float(((left * s) @ right - L).norm() / L.norm()) < 0.05

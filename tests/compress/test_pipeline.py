@@ -13,7 +13,7 @@ from compress.blocks import collect_inputs, embed
 from compress.calibration import hold_out
 from compress.format import Checkpoint
 from compress.layer import LowRankSparseLinear, keep_decoded
-from compress.options import METHODS, CompressOptions
+from compress.options import ALLOCATIONS, METHODS, CompressOptions
 from compress.pipeline import compress_model
 from compress.source import Source
 from sslc_common.errors import InputError
@@ -111,20 +111,26 @@ def test_layers_with_one_input_share_its_gram_matrix(tiny_llama, tmp_path, token
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_keeps_the_budget_and_reports_what_is_stored(tmp_path, tiny_llama, tokens, method):
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_every_method_keeps_the_budget_and_reports_what_is_stored(tmp_path, tiny_llama, tokens, method, allocation):
     out = tmp_path / "out"
-    report = compress_model(tiny_llama, out, CompressOptions(method=method, **HALF), tokens=tokens)
+    options = CompressOptions(method=method, allocation=allocation, **HALF)
+    report = compress_model(tiny_llama, out, options, tokens=tokens)
     checkpoint = Checkpoint.open(out)
     checkpoint.verify()
     for row in report.layers:
         names = [f"{row.name}.{part}" for part in ("bitmap", "values", "U", "V")]
         assert row.bytes == sum(checkpoint.tensors[name].length for name in names)
-        assert row.bytes <= 0.5 * row.dense_bytes
-        assert row.bytes > 0.49 * row.dense_bytes
-        assert (row.rank > 0) == METHODS[method].low_rank
+        if allocation == "uniform":
+            assert 0.49 * row.dense_bytes < row.bytes <= 0.5 * row.dense_bytes
+            assert (row.rank > 0) == METHODS[method].low_rank
         assert 0 < row.error < 1
         assert row.seconds > 0
         assert checkpoint.layers[row.name].nnz == row.nnz
+    assert 0.49 < report.budget_in_bytes <= 0.5
+    assert any(row.rank for row in report.layers) == METHODS[method].low_rank
+    assert (len({round(row.density, 1) for row in report.layers}) > 1) == (allocation == "fisher")
+    assert not (out / "importance.safetensors").exists()
     assert report.checkpoint_bytes == sum(ref.length for ref in checkpoint.tensors.values()) < report.source_bytes
     assert report.held_out_tokens == 32
     assert report.calibration_tokens == 7 * 32

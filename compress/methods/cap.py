@@ -1,0 +1,51 @@
+"""CAP: robust PCA, then the largest directions and the largest entries.
+
+"Large Language Model Compression with Global Rank and Sparsity Optimization" (arXiv 2505.03801, ICLR 2026). Stage 1
+splits W into low-rank and sparse by robust PCA: ADMM on ‖L‖* + λ‖S‖₁ with λ = 1/√max(N, K). Stage 2, which learns by
+REINFORCE how many directions and entries each layer keeps, is not built: rank and number of values come from the plan.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.methods.linalg import input_norms
+from compress.methods.masks import top_overall
+from compress.methods.solution import Solution
+
+ITERATIONS = 10  # The paper takes 3 to 10.
+
+
+def solve(W: Tensor, H: Tensor, nnz: int, rank: int, iterations: int = ITERATIONS) -> Solution:
+    """Keeps the `rank` largest directions and the nnz largest entries of a robust PCA of W·D, D = diag(XXᵀ)^½.
+
+    Entries are taken from what the kept directions leave of W: sparse entries that robust PCA shrank are whole again.
+    """
+    d = input_norms(H)
+    A = W * d
+    left, s, right = robust_pca(A, iterations) if rank else torch.linalg.svd(A, full_matrices=False)
+    U, V = left[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * right[:rank]
+    rest = A - U @ V
+    mask = top_overall(rest.abs(), nnz)
+    return Solution(mask, rest * mask / d, U, V / d)
+
+
+def robust_pca(A: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of L in min ‖L‖* + λ‖S‖₁, L + S = A (Candès et al. 2011, algorithm 1).
+
+    Returns:
+        left [N, m], values [m] descending, right [m, K], m = min(N, K).
+    """
+    N, K = A.shape
+    sparsity = max(N, K) ** -0.5
+    mu = N * K / (4 * A.abs().sum().clamp_min(torch.finfo(A.dtype).tiny))  # the paper's µ
+    S, dual = torch.zeros_like(A), torch.zeros_like(A)
+    for _ in range(iterations):
+        left, s, right = torch.linalg.svd(A - S + dual / mu, full_matrices=False)
+        s = (s - 1 / mu).clamp_min(0)
+        L = (left * s) @ right
+        target = A - L + dual / mu
+        S = target.sign() * (target.abs() - sparsity / mu).clamp_min(0)
+        dual += mu * (A - L - S)
+    return left, s, right

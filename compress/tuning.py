@@ -1,0 +1,146 @@
+"""Recovery tuning: the kept values, U, V, biases and norms, end to end, towards the dense model's own predictions.
+
+    min KL(dense ‖ compressed)   on calibration text, by Adam; the mask stays as it is
+
+The one step that holds whole models in memory: the dense one, the compressed one with S dense, and for every trained
+number its gradient and two moments. So it is for models of some hundred million parameters, and off by default.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from compress import hf
+from compress.format import Progress, no_progress, require_finite
+from compress.layer import LowRankSparseLinear, unpack, unpack_mask
+from compress.shards import read_header, read_tensor, write_shard
+from sslc_common.files import remove
+
+LEARNING_RATE = 4e-4
+WARM_UP = 10  # steps
+LAST = 0.05  # The rate falls along a cosine to this share.
+SEQUENCES_PER_STEP = 2
+
+
+TOKENS = 1 << 18  # Of text, at most; longer tuning goes through it again.
+_TUNED = "tuned.safetensors"
+
+
+def tune_folder(folder: Path, source: Path, tokens: Tensor, minutes: float, progress: Progress = no_progress) -> None:
+    """Tunes a compressed folder in place; see `tune`.
+
+    What was tuned is written to a file of its own before any shard is, so that after an interruption the same numbers
+    go into all of them. `forget` removes it.
+
+    Args:
+        folder: Compressed.
+        source: The dense model.
+        tokens: See `tune`.
+        minutes: See `tune`.
+        progress: See `tune`.
+    """
+    path = folder / _TUNED
+    if not path.is_file():
+        dense, compressed = hf.load(source, torch.float32), hf.load(folder, torch.float32)
+        write_shard(path, tune(dense, compressed, tokens, minutes, progress))
+    tuned = read_header(path)
+    for shard in sorted(folder.glob("model-*.safetensors")):
+        tensors = {name: read_tensor(name, ref) for name, ref in read_header(shard).items()}
+        changed = {n: read_tensor(n, tuned[n]).to(t.dtype) for n, t in tensors.items() if n in tuned}
+        for name, tensor in changed.items():
+            require_finite(tensor, name, path)
+        write_shard(shard, tensors | changed)
+
+
+def forget(folder: Path) -> None:
+    """Removes what `tune_folder` left for the case of an interruption."""
+    remove(folder / _TUNED)
+
+
+class _Trainable(nn.Module):
+    """A LowRankSparseLinear with S dense, as the operator has no gradient."""
+
+    def __init__(self, layer: LowRankSparseLinear) -> None:
+        super().__init__()
+        self.mask = unpack_mask(layer.bitmap, layer.in_features)
+        self.S = nn.Parameter(unpack(layer.bitmap, layer.values.float(), layer.in_features))
+        self.U, self.V = nn.Parameter(layer.U.float()), nn.Parameter(layer.V.float())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y [..., N] of X [..., K]."""
+        # Entries outside the mask are zero and have no gradient, so that Adam leaves them alone.
+        y = functional.linear(x, self.S * self.mask, self.bias)
+        return y + functional.linear(functional.linear(x, self.V), self.U) if self.U.shape[1] else y
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was trained, as a checkpoint names it."""
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"values": self.S[self.mask], "U": self.U, "V": self.V} | bias
+
+
+def tune(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    tokens: Tensor,
+    minutes: float,
+    progress: Progress = no_progress,
+) -> dict[str, Tensor]:
+    """Tunes a compressed model.
+
+    Args:
+        dense: The original, in float32.
+        compressed: Its layers are replaced by trainable ones.
+        tokens: int64 [n, L], gone through again and again in their order.
+        minutes: How long.
+        progress: Wraps the loop over steps.
+
+    Returns:
+        The tuned tensors in float32, by their names in the checkpoint.
+    """
+    began = time.monotonic()
+    compressed.requires_grad_(False)
+    layers = {n: _Trainable(m) for n, m in compressed.named_modules() if isinstance(m, LowRankSparseLinear)}
+    inside = tuple(f"{name}." for name in layers)
+    others = {n: p for n, p in compressed.named_parameters() if p.ndim == 1 and not n.startswith(inside)}
+    for name, layer in layers.items():
+        compressed.set_submodule(name, layer)
+    trained = [*others.values(), *(p for layer in layers.values() for p in layer.parameters())]
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95), fused=True)
+
+    def until_the_time_is_up() -> Iterator[float]:
+        """The share of the time that has passed, once for each step."""
+        while (passed := (time.monotonic() - began) / (60 * minutes)) < 1:
+            yield passed
+
+    for step, passed in enumerate(progress(until_the_time_is_up(), "Tuning")):
+        cosine = LAST + (1 - LAST) * (1 + math.cos(math.pi * passed)) / 2
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * cosine
+        rows = torch.arange(step * SEQUENCES_PER_STEP, (step + 1) * SEQUENCES_PER_STEP) % len(tokens)
+        with torch.enable_grad():
+            _divergence(dense, compressed, tokens[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    tuned = {f"{name}.{part}": t for name, layer in layers.items() for part, t in layer.tensors().items()}
+    return {name: tensor.detach() for name, tensor in (tuned | others).items()}
+
+
+def _divergence(dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """KL(dense ‖ compressed), mean over the tokens [n, L], in nats."""
+    # bfloat16 products are about twice as fast where the CPU has them; parameters, moments and residuals are float32.
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            wanted = dense(tokens, use_cache=False).logits
+        got = compressed(tokens, use_cache=False).logits
+    wanted, got = (logits.flatten(0, 1).float().log_softmax(-1) for logits in (wanted, got))
+    return functional.kl_div(got, wanted, reduction="batchmean", log_target=True)

@@ -1,0 +1,269 @@
+#!/usr/bin/env python3
+r"""Bytes against perplexity: every method at the same budgets, beside ONNX Runtime's own quantization.
+
+    python scripts/bench_quality.py --model DIR --calibration wiki.train.txt --calibration speeches.train.txt \
+        --held-out wiki=wiki.heldout.txt --held-out speeches=speeches.heldout.txt --json quality.json --plot quality.png
+    python scripts/bench_quality.py ... --quick                one budget, few methods, few tokens
+
+`default` is what sslc-compress does when nothing is chosen. The other methods run as published: the same budget for
+every layer. All see the same calibration text. Perplexity ratios are paired over the same chunks; ± is one standard
+error. Records are appended to the JSON file as they come, and what is in it already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packages importable without installation
+
+# Share of the budget that goes to U and V, for the methods that make them. 1 is low rank alone.
+RANK_SHARES = {"oats": 0.25, "sslc": 0.1, "hassle_free": 0.1, "three_basil": 0.1, "cap": 0.1, "svd_llm": 1, "fwsvd": 1}
+QUICK_METHODS = ("default", "magnitude", "wanda", "alps")
+BITS = (8, 4)
+QUANTIZED_BLOCK = 32  # weights that share a scale; ONNX Runtime's usual choice
+
+
+@dataclass(frozen=True)
+class Record:
+    """One method on one text.
+
+    Attributes:
+        method: Its name; "default", "dense", or "ort_int8" and "ort_int4".
+        budget: What was asked for.
+        budget_in: "params" or "bytes".
+        text: Name of the held-out text.
+        perplexity: On it.
+        standard_error: Of `perplexity`.
+        perplexity_dense: Of the dense model.
+        ratio: Perplexity over the dense model's, paired.
+        ratio_standard_error: Of `ratio`.
+        tokens: Predicted.
+        bytes: Of the linear layers in the blocks.
+        dense_bytes: Of the same layers, dense.
+        layer_error: Mean over the layers of ‖(W − S − UV)X‖/‖WX‖ on calibration text not solved on; None without.
+        seconds: Of the compression.
+    """
+
+    method: str
+    budget: float
+    budget_in: str
+    text: str
+    perplexity: float
+    standard_error: float
+    perplexity_dense: float
+    ratio: float
+    ratio_standard_error: float
+    tokens: int
+    bytes: int
+    dense_bytes: int
+    layer_error: float | None
+    seconds: float
+
+
+def main() -> int:
+    """Measures what is missing, prints the table, writes the plot."""
+    arguments = _arguments()
+    done = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for record in _measure(arguments, Path(folder), {(r["method"], r["budget"], r["budget_in"]) for r in done}):
+            done.append(asdict(record))
+            print(_line(done[-1]), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(done, indent=1) + "\n")
+    print("\n" + "\n".join(_table(done)))
+    if arguments.plot:
+        _plot(done, arguments.plot)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, float, str]]) -> Iterator[Record]:
+    import compress
+    from compress.calibration import read_tokens
+    from compress.layer import keep_decoded
+    from compress.options import CompressOptions
+    from compress.pipeline import compress_model
+    from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
+    from sslc_export.engines.pytorch import TorchEngine
+    from validate.accuracy import Perplexity, perplexity, perplexity_ratio
+
+    names = dict(text.split("=", 1) for text in arguments.held_out)
+    texts = {
+        name: read_tokens([file], arguments.model, tokens=arguments.tokens, length=512, seed=0, what="held-out").numpy()
+        for name, file in names.items()
+    }
+    dense_engine = TorchEngine(compress.load(arguments.model))
+    dense = {name: perplexity(dense_engine, chunks) for name, chunks in texts.items()}
+    del dense_engine
+
+    def records(method: str, budget: float, unit: str, engine: Any, **rest: Any) -> Iterator[Record]:
+        for text, chunks in texts.items():
+            found: Perplexity = perplexity(engine, chunks)
+            ratio = perplexity_ratio(found, dense[text])
+            values = (found.perplexity, found.standard_error, dense[text].perplexity)
+            tail = (ratio.ratio, ratio.standard_error, found.tokens)
+            yield Record(method, budget, unit, text, *values, *tail, **rest)
+
+    for unit in arguments.budget_in:
+        for budget in arguments.budgets:
+            for method in arguments.methods:
+                if (method, budget, unit) in done:
+                    continue
+                chosen: dict[str, Any] = {}
+                if method != "default":
+                    chosen = {"method": method, "allocation": "uniform", "rank_share": RANK_SHARES.get(method, 0.0)}
+                if method == "fwsvd":
+                    chosen["allocation"] = "fisher"  # where its weights come from
+                options = CompressOptions(
+                    budget=budget,
+                    budget_in=unit,
+                    calibration=tuple(arguments.calibration),
+                    calibration_tokens=arguments.calibration_tokens,
+                    **chosen,
+                )
+                out = folder / "compressed"
+                report = compress_model(arguments.model, out, options)
+                model = compress.load(out)
+                keep_decoded(model)
+                errors = [layer.error for layer in report.layers if layer.error is not None]
+                yield from records(
+                    method,
+                    budget,
+                    unit,
+                    TorchEngine(model),
+                    bytes=report.bytes,
+                    dense_bytes=report.dense_bytes,
+                    layer_error=sum(errors) / len(errors) if errors else None,
+                    seconds=report.seconds,
+                )
+                shutil.rmtree(out)
+    for bits in () if arguments.quick else BITS:
+        began = time.perf_counter()
+        path, size, dense_size = _quantized(arguments.model, folder, bits)
+        if (f"ort_int{bits}", size / dense_size, "bytes") in done:
+            continue
+        yield from records(
+            f"ort_int{bits}",
+            size / dense_size,
+            "bytes",
+            OnnxRuntimeEngine(path),
+            bytes=size,
+            dense_bytes=dense_size,
+            layer_error=None,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def _quantized(model: Path, folder: Path, bits: int) -> tuple[Path, int, int]:
+    """The dense model with the linear layers of its blocks quantized by ONNX Runtime, to the nearest, symmetric.
+
+    Returns:
+        The file, and the bytes of those layers quantized (values and scales) and dense.
+    """
+    import onnx
+    from onnx import numpy_helper
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    from sslc_export.lowering.lower import lower
+
+    logging.getLogger("onnxruntime").setLevel(logging.WARNING)  # it tells of every node
+    path = folder / "dense.onnx"
+    if not path.is_file():
+        lower(model, path)
+    graph = onnx.load(path)
+    # The quantizer looks for constants: weights are transposed in the file rather than by a node.
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    transposes = [n for n in graph.graph.node if n.op_type == "Transpose" and n.input[0] in weights]
+    excluded, sizes = [], []
+    for node in transposes:
+        weight = numpy_helper.to_array(weights[node.input[0]])
+        users = [user for user in graph.graph.node if node.output[0] in user.input]
+        if "lm_head" in node.input[0] or "embed" in node.input[0]:
+            excluded += [user.name for user in users]
+        else:
+            sizes.append(weight.shape)
+        graph.graph.initializer.append(numpy_helper.from_array(weight.T.copy(), node.output[0]))
+        graph.graph.node.remove(node)
+    config = DefaultWeightOnlyQuantConfig(block_size=QUANTIZED_BLOCK, is_symmetric=True, bits=bits)
+    quantizer = MatMulNBitsQuantizer(graph, nodes_to_exclude=excluded, algo_config=config)
+    quantizer.process()
+    out = folder / f"int{bits}.onnx"
+    quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
+    dense = sum(4 * N * K for N, K in sizes)
+    blocks = sum(N * -(-K // QUANTIZED_BLOCK) for N, K in sizes)
+    return out, sum(N * K * bits // 8 for N, K in sizes) + 4 * blocks, dense
+
+
+def _line(record: dict[str, Any]) -> str:
+    error = "" if record["layer_error"] is None else f"{record['layer_error']:.4f}"
+    return (
+        f"| {record['method']} | {record['budget']:.3f} | {record['budget_in']} | {record['bytes'] / 1e6:.1f} | "
+        f"{record['text']} | {record['perplexity']:.2f} ± {record['standard_error']:.2f} | "
+        f"{record['ratio']:.3f} ± {record['ratio_standard_error']:.3f} | {error} | {record['seconds']:.0f} |"
+    )
+
+
+def _table(records: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| method | budget | of | MB | text | perplexity | over dense | layer error | seconds |"
+    yield "|---|---:|---|---:|---|---:|---:|---:|---:|"
+    for record in sorted(records, key=lambda r: (r["text"], r["budget_in"], -r["budget"], r["ratio"])):
+        yield _line(record)
+    for text in sorted({r["text"] for r in records}):
+        first = next(r for r in records if r["text"] == text)
+        yield f"\n{text}: {first['tokens']} tokens, dense perplexity {first['perplexity_dense']:.2f}"
+
+
+def _plot(records: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    texts = sorted({r["text"] for r in records})
+    figure, axes = pyplot.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        for method in dict.fromkeys(r["method"] for r in records):
+            rows = sorted((r["bytes"] / 1e6, r["ratio"]) for r in records if (r["method"], r["text"]) == (method, text))
+            axis.plot(*zip(*rows, strict=True), "o-", label=method, linewidth=3 if method == "default" else 1)
+        axis.set(title=text, xlabel="MB of the linear layers", ylabel="perplexity over dense", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _arguments() -> argparse.Namespace:
+    from compress.options import METHODS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face folder")
+    parser.add_argument("--calibration", action="append", required=True, help="text to calibrate on; repeat")
+    parser.add_argument("--held-out", action="append", required=True, metavar="NAME=FILE", help="repeat")
+    parser.add_argument("--methods", nargs="+", choices=["default", *METHODS], help="default: all")
+    parser.add_argument("--budgets", nargs="+", type=float, help="default: 0.7 0.6 0.5 0.4")
+    parser.add_argument("--budget-in", nargs="+", choices=["params", "bytes"], default=["params"])
+    parser.add_argument("--calibration-tokens", type=int, default=49152)
+    parser.add_argument("--tokens", type=int, default=16384, help="of each held-out text")
+    parser.add_argument("--folder", type=Path, help="for temporary files, some 2 GB for SmolLM2")
+    parser.add_argument("--json", type=Path, help="records; what is in it is not measured again")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    arguments.methods = arguments.methods or (QUICK_METHODS if arguments.quick else ("default", *METHODS))
+    arguments.budgets = arguments.budgets or ([0.5] if arguments.quick else [0.7, 0.6, 0.5, 0.4])
+    if arguments.quick:
+        arguments.calibration_tokens, arguments.tokens = 8192, 4096
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compress import importance
+from compress.architectures import linear_shape, linears
+from compress.source import Source
+from tests.compress.models import FAMILIES, save_tiny
+
+
+def by_autograd(folder, tokens, seed):
+    """Squared gradients at the outputs of every layer of the whole model, with the same labels drawn."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator, seen, found = torch.Generator().manual_seed(seed), {}, {}
+    blocks = Source.open(folder).blocks
+    layers = {f"{b}.{name}": layer for b in blocks for name, layer in linears(model.get_submodule(b)).items()}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, args, y, name=name: seen.__setitem__(name, (args[0], y)))
+    for sequence in tokens:
+        logits = model(sequence[None]).logits[0]
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, [y for _, y in seen.values()])
+        for (name, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
+            found.setdefault(name, []).append((x.detach().flatten(0, -2), gradient.flatten(0, -2).square()))
+    return {name: tuple(torch.cat(parts) for parts in zip(*pairs, strict=True)) for name, pairs in found.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens, family, tied):
+    folder = save_tiny(tmp_path / "source", family, tie_word_embeddings=tied)
+    source = Source.open(folder)
+    with torch.no_grad():
+        found = importance.measure(source, tokens, tmp_path / "spill", seed=3)
+    expected = by_autograd(folder, tokens, seed=3)
+    assert found.keys() == expected.keys()
+    for name, (x, squares) in expected.items():
+        outputs = squares.mean(0)
+        # float32 sums in another order; entries near zero are sums of tiny squares.
+        assert torch.allclose(found[name].outputs, outputs, rtol=1e-3, atol=1e-5 * float(outputs.max())), name
+        inputs = x.square().mean(0)
+        assert torch.allclose(found[name].inputs, inputs, rtol=1e-3, atol=1e-5 * float(inputs.max())), name
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+def test_states_may_lie_in_a_file(tmp_path, tiny_llama, tokens, monkeypatch):
+    found = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr("compress.blocks.SPILL_BYTES", limit)
+        source = Source.open(tiny_llama)
+        with torch.no_grad():
+            found.append(importance.measure(source, tokens, tmp_path / "spill", seed=0))
+        states = tokens.numel() * 48 * 4
+        assert importance.scratch_bytes(source, tokens) == states * (3 if limit else 4)
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny_llama"]
+    for name in found[0]:
+        assert torch.equal(found[0][name].outputs, found[1][name].outputs)
+
+
+def test_what_is_saved_reads_back(tmp_path):
+    kept = {
+        "model.layers.0.q": importance.Importance(torch.rand(5), torch.rand(7)),
+        "x": importance.Importance(torch.rand(3), torch.rand(2)),
+    }
+    importance.save(tmp_path / "i.safetensors", kept)
+    again = importance.load(tmp_path / "i.safetensors")
+    assert again.keys() == kept.keys()
+    for name in kept:
+        assert torch.equal(again[name].outputs, kept[name].outputs)
+        assert torch.equal(again[name].inputs, kept[name].inputs)
+
+
+def test_a_long_text_is_not_used_to_its_end(tmp_path, tiny_llama, tokens, monkeypatch):
+    monkeypatch.setattr(importance, "TOKENS", 64)
+    source = Source.open(tiny_llama)
+    with torch.no_grad():
+        long, short = (importance.measure(source, t, tmp_path / "s", seed=0) for t in (tokens, tokens[:2]))
+    for name in long:
+        assert torch.equal(long[name].outputs, short[name].outputs)
+        assert long[name].outputs.shape == (linear_shape(source.model.get_submodule(name))[0],)

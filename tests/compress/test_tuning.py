@@ -1,0 +1,102 @@
+import shutil
+
+import pytest
+import torch
+
+import compress
+from compress import pipeline, tuning
+from compress.format import Checkpoint
+from compress.layer import LowRankSparseLinear
+from compress.options import CompressOptions
+from compress.pipeline import compress_model
+from compress.tuning import tune_folder
+from tests.compress.models import save_tiny
+
+
+def divergence(dense, compressed, tokens):
+    with torch.no_grad():
+        wanted, got = (compress.load(folder)(tokens).logits.log_softmax(-1) for folder in (dense, compressed))
+    return float(torch.nn.functional.kl_div(got, wanted, reduction="batchmean", log_target=True))
+
+
+def masks(folder):
+    model = compress.load(folder)
+    return {n: m.bitmap for n, m in model.named_modules() if isinstance(m, LowRankSparseLinear)}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Tuning that stops after so many steps instead of minutes: the clock goes on by itself."""
+
+    def set_steps(count):
+        ticks = iter(range(10**9))
+        monkeypatch.setattr(tuning.time, "monotonic", lambda: 60 * next(ticks) / count)
+
+    return set_steps
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("values_dtype", ["f32", "bf16"])
+def test_tuning_brings_the_model_nearer_to_the_dense_one_and_keeps_the_mask(
+    tmp_path, tokens, family, values_dtype, steps
+):
+    # With weights as small as usual, predictions are nearly uniform and there is nothing to recover.
+    source = save_tiny(tmp_path / "source", family, initializer_range=0.2)
+    before, after = tmp_path / "before", tmp_path / "after"
+    options = {"budget": 0.5, "rank_share": 0.2, "values_dtype": values_dtype}
+    compress_model(source, before, CompressOptions(**options), tokens=tokens)
+    steps(30)
+    compress_model(source, after, CompressOptions(tuning_minutes=1, **options), tokens=tokens)
+    Checkpoint.open(after).verify()
+    assert divergence(source, after, tokens[:7]) < 0.9 * divergence(source, before, tokens[:7])
+    kept, still = masks(before), masks(after)
+    assert all(torch.equal(kept[name], still[name]) for name in kept)
+    assert not (after / "tuned.safetensors").exists()
+
+
+def test_what_lies_outside_the_blocks_but_for_norms_is_untouched(tmp_path, tiny_llama, compressed, tokens, steps):
+    before = Checkpoint.open(shutil.copytree(compressed, tmp_path / "before"))
+    steps(3)
+    tune_folder(compressed, tiny_llama, tokens, 1)
+    after = Checkpoint.open(compressed)
+    after.verify()
+    for name in before.tensors:
+        if not before.read(name).numel():  # U and V of rank 0
+            continue
+        same = torch.equal(before.read(name), after.read(name))
+        assert same == name.endswith(("bitmap", "embed_tokens.weight", "lm_head.weight")), name
+
+
+def test_interrupted_while_the_shards_are_written_it_goes_on_with_the_same_numbers(
+    tmp_path, tiny_llama, tokens, monkeypatch, steps
+):
+    options, out, write = CompressOptions(tuning_minutes=1), tmp_path / "out", tuning.write_shard
+    steps(3)
+
+    def stops(path, tensors):
+        if "00002" in path.name:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr(tuning, "write_shard", stops)
+    with pytest.raises(KeyboardInterrupt):
+        compress_model(tiny_llama, out, options, tokens=tokens)
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "partial")
+    monkeypatch.setattr(tuning, "write_shard", write)
+    monkeypatch.setattr(tuning, "tune", None)  # may not be called
+    compress_model(tiny_llama, out, options, tokens=tokens)
+    tuned = tuning.read_header(tmp_path / "partial" / "tuned.safetensors")
+    checkpoint = Checkpoint.open(out)
+    for name, ref in tuned.items():
+        assert torch.equal(checkpoint.read(name), tuning.read_tensor(name, ref))
+
+
+def test_tuning_reads_on_in_the_calibration_text(tmp_path, tiny_llama, monkeypatch):
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 97}" for i in range(2000)))
+    seen = []
+    monkeypatch.setattr(pipeline, "tune_folder", lambda folder, source, tokens, *rest: seen.append(tokens))
+    options = CompressOptions(
+        calibration=(str(tmp_path / "text.txt"),), calibration_tokens=200, sequence_length=20, tuning_minutes=1
+    )
+    compress_model(tiny_llama, tmp_path / "out", options)
+    assert seen[0].shape == (100, 20)
