@@ -6,6 +6,7 @@ float32, so this module writes a second graph in which
 - every activation and dense weight is float16 or bfloat16, except what is computed from token positions alone (rotary
   angles reach the thousands, where float16 has whole numbers only), which is rounded where it meets the rest;
 - each of our nodes has the plugin's inputs (packed weights) and attributes instead of the checkpoint's;
+- the cache is appended to outside of Attention;
 - logits are float32.
 
 Weights are read, packed and written one after the other: memory holds one layer, whatever the model's size.
@@ -24,6 +25,7 @@ import onnx_ir as ir
 from plugins_trt import pack
 from plugins_trt.library import NAME, NAMESPACE, VERSION
 from sslc_export.lowering import names
+from sslc_export.lowering.attention import expose_cache
 
 _TYPES = {"f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -68,6 +70,7 @@ def rewrite(
         InputError: a weight does not fit the type.
     """
     graph_model = ir.load(model)
+    expose_cache(graph_model)
     graph = graph_model.graph
     for function in list(graph_model.functions):  # the plugin takes the place of the operator's body
         del graph_model.functions[function]

@@ -1,14 +1,17 @@
-"""Moves the cache and the splitting into heads into the Attention nodes.
+"""Attention with the cache and the splitting into heads inside (ONNX Runtime) or outside of it (TensorRT).
 
 The exporter writes what transformers computes: reshape and transpose to heads, append to the cache, attend, transpose
 and reshape back. ONNX `Attention` does all of that itself, given 3-D inputs and the past keys and values. For one token
 these small nodes cost more than the attention: without them a decode step of SmolLM2-135M takes 10 % less time (ONNX
-Runtime 1.31, two threads). TensorRT refuses Attention's cache outputs, so that its graphs stay as they are.
+Runtime 1.31, two threads). But TensorRT refuses Attention's cache outputs.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+
+_SWAP = [0, 2, 1, 3]  # [batch, sequence, heads, size] to [batch, heads, sequence, size], and back
 
 
 def absorb_cache(model: ir.Model, heads: int, key_value_heads: int) -> None:
@@ -42,6 +45,56 @@ def absorb_cache(model: ir.Model, heads: int, key_value_heads: int) -> None:
             new.shape = None if old is joined else old.shape
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def expose_cache(model: ir.Model) -> None:
+    """Undoes `absorb_cache`: Attention gets 4-D inputs with the past in them, and has one output."""
+    for node in [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) == 6]:
+        query, key, value, mask, past_key, past_value = node.inputs
+        output, present_key, present_value = node.outputs
+        attributes = dict(node.attributes)
+        split = "q_num_heads" in attributes
+        if split:
+            heads, key_value_heads = (attributes.pop(name).as_int() for name in ("q_num_heads", "kv_num_heads"))
+            query = _with_heads_split(model.graph, query, heads, node)
+            key, value = (_with_heads_split(model.graph, x, key_value_heads, node) for x in (key, value))
+        appends = [ir.node("Concat", pair, {"axis": -2}) for pair in ((past_key, key), (past_value, value))]
+        keys, values = (append.outputs[0] for append in appends)
+        attention = ir.Node("", "Attention", (query, keys, values, mask), attributes.values())
+        added, result = [*appends, attention], attention.outputs[0]
+        if split:
+            transpose = ir.node("Transpose", [result], {"perm": _SWAP})
+            shape = _shape(model.graph, [0, 0, -1])
+            added += [transpose, ir.node("Reshape", [transpose.outputs[0], shape])]
+            result = added[-1].outputs[0]
+        model.graph.insert_before(node, added)
+        for old, new in ((output, result), (present_key, keys), (present_value, values)):
+            new.name, new.shape, new.type = old.name, old.shape, old.type
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _with_heads_split(graph: ir.Graph, value: ir.Value | None, heads: int, before: ir.Node) -> ir.Value | None:
+    """`value` [batch, sequence, heads * size] as [batch, heads, sequence, size], before it is rotated if it is."""
+    rotary = _made_by(value, "RotaryEmbedding")
+    reshape = ir.node("Reshape", [value if rotary is None else rotary.inputs[0], _shape(graph, [0, 0, heads, -1])])
+    transpose = ir.node("Transpose", reshape.outputs, {"perm": _SWAP})
+    for node in (reshape, transpose):
+        node.outputs[0].type = None if value is None else value.type
+    graph.insert_before(before if rotary is None else rotary, [reshape, transpose])
+    if rotary is None:
+        return transpose.outputs[0]
+    rotary.replace_input_with(0, transpose.outputs[0])
+    rotary.outputs[0].shape = None
+    return rotary.outputs[0]
+
+
+def _shape(graph: ir.Graph, dimensions: list[int]) -> ir.Value:
+    name = f"shape.{'.'.join(map(str, dimensions))}"
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(dimensions, np.int64), name=name)
+        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(dimensions)]), const_value=tensor))
+    return graph.initializers[name]
 
 
 def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:

@@ -49,11 +49,7 @@ class LoweringReport:
 
 
 def lower(
-    folder: Path,
-    out: Path,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress,
-    *,
-    cache_in_attention: bool = True,
+    folder: Path, out: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress
 ) -> LoweringReport:
     """Writes the ONNX model of a Hugging Face folder. Weights stay in its .safetensors files.
 
@@ -64,7 +60,6 @@ def lower(
         folder: A dense or compressed Hugging Face folder.
         out: The .onnx file to write.
         progress: Shows the steps.
-        cache_in_attention: Whether Attention appends to the cache and splits heads (sslc_export.lowering.attention).
 
     Raises:
         InputError: the folder is damaged or its architecture not supported, or `out` cannot be written.
@@ -83,10 +78,9 @@ def lower(
     model = trace(skeleton, checkpoint)
     next(steps)
     _simplify(model)
-    if cache_in_attention:
-        config = skeleton.config.get_text_config()
-        heads = config.num_attention_heads
-        absorb_cache(model, heads, getattr(config, "num_key_value_heads", None) or heads)
+    config = skeleton.config.get_text_config()
+    heads = config.num_attention_heads
+    absorb_cache(model, heads, getattr(config, "num_key_value_heads", None) or heads)
     next(steps, None)
     kernel_layers = _name_our_nodes(model)
     if sorted(kernel_layers) != sorted(checkpoint.layers):

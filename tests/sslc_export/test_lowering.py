@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from compress.format import Checkpoint
 from sslc_common.errors import InputError
+from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
 from sslc_export.lowering import lower as lower_module
 from sslc_export.lowering import names
-from sslc_export.lowering.lower import lower
-from tests.tiny_models import DENSE_FAMILIES, FAMILIES, lowered, save_tiny
+from sslc_export.lowering.attention import expose_cache
+from sslc_export.lowering.lower import lower, op_counts
+from tests.tiny_models import DENSE_FAMILIES, FAMILIES, VOCABULARY, lowered, save_tiny
 
 OURS = f"{names.DOMAIN}::{names.OP_TYPE}"
 
@@ -76,12 +79,21 @@ def test_compressed_graph_has_the_expected_operators(family):
     assert lowered(family).report.op_counts == COMPRESSED[family]
 
 
-def test_the_cache_can_stay_outside_of_attention(tmp_path):
-    report = lower(lowered("llama").folder, tmp_path / "engine.onnx", cache_in_attention=False)
-    appends = {"Concat": 1 + 2 + 2 * 2}  # the shapes that heads are split and joined by; keys and values of two blocks
-    assert report.op_counts == _COMPRESSED_LLAMA | _HEADS_OUTSIDE | appends
-    attention = [node for node in graph_of(report.path).node if node.op_type == "Attention"]
-    assert [len(node.output) for node in attention] == [1, 1]  # TensorRT takes no more
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_can_be_taken_out_of_attention_again(family, tmp_path):
+    model = ir.load(lowered(family).path)
+    expose_cache(model)
+    attention = [node for node in model.graph if node.op_type == "Attention"]
+    assert [(len(node.inputs), len(node.outputs)) for node in attention] == [(4, 1), (4, 1)]
+    assert op_counts(model)["Transpose"] >= 8  # four times in each block
+    path = lowered(family).path.with_name(f"{tmp_path.name}.onnx")  # beside the weights
+    ir.save(model, path)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 9), dtype=np.int64)
+    runs = []
+    for engine in (OnnxRuntimeEngine(lowered(family).path), OnnxRuntimeEngine(path)):
+        logits, cache = engine.run(ids[:, :6])
+        runs += [np.concatenate([logits.copy(), engine.run(ids[:, 6:], None, cache)[0]], 1)]
+    np.testing.assert_allclose(*runs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
