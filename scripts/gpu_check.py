@@ -66,7 +66,7 @@ def main() -> None:
     for name, folder in (("compressed", arguments.model), ("dense", arguments.dense)):
         if folder is None:
             continue
-        lowered = lower(folder, arguments.out / name / "model.onnx", cache_in_attention=False)
+        lowered = lower(folder, arguments.out / name / "model.onnx")
         built = build(lowered.path, arguments.out / f"{name}.plan", shapes=Shapes(prefill=PREFILL, context=2048))
         engine = TensorRTEngine(built.path)
         report[name] = {

@@ -58,7 +58,7 @@ def export(recipe: ExportRecipe) -> int:
     checkpoint, dense = _compressed(source, recipe, out)
     with console.stage(f"lower {checkpoint} to {graph}"):
         lowered = lower(checkpoint, graph, console.progress)
-    plan = plans.build(checkpoint, out, recipe, shapes) if shapes else None
+    plan = plans.build(lowered, out, recipe, shapes) if shapes else None
     write_record(out, checkpoint, lowered, recipe, plan)
     save_recipe(recipe, out.with_suffix(".recipe.yaml"))
     if recipe.skip_validation:
@@ -170,8 +170,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
         twin = None
         if dense is not None:
             with console.stage(f"lower {dense} for comparison"):
-                for_cpu = path.suffix == ".onnx"
-                twin = lower(dense, Path(folder) / "dense.onnx", console.progress, cache_in_attention=for_cpu)
+                twin = lower(dense, Path(folder) / "dense.onnx", console.progress)
         if path.suffix == ".plan":
             limits = plans.limits_of(limits, record["tensorrt"])
             if reason := plans.why_not_executed():

@@ -12,13 +12,13 @@ from sslc_common.errors import InputError
 from sslc_export import console
 from sslc_export.engines import tensorrt
 from sslc_export.engines.triton import write_repository
-from sslc_export.lowering.lower import LoweringReport, lower
 from validate import run
 from validate.limits import Limit, Limits
 from validate.size import Bytes, SizeLedger
 from validate.verdict import EngineRecord, Verdict
 
 if TYPE_CHECKING:
+    from sslc_export.lowering.lower import LoweringReport
     from sslc_export.recipe import PlanRecipe
     from sslc_export.record import Opened
 
@@ -47,22 +47,16 @@ def shapes_for(recipe: PlanRecipe, longest: int) -> tensorrt.Shapes:
     return tensorrt.Shapes(batch=recipe.max_batch, prefill=min(recipe.max_prompt, context), context=context)
 
 
-def build(checkpoint: Path, out: Path, recipe: PlanRecipe, shapes: tensorrt.Shapes) -> tensorrt.BuildReport:
-    """Builds the plan of a compressed folder, and the Triton repository if it is asked for; says what it came to."""
-    graph = out.with_name(f".{out.stem}-tensorrt.onnx")  # beside the plan: there the weights are used in place
-    try:
-        with console.stage(f"lower {checkpoint} for TensorRT"):
-            lowered = lower(checkpoint, graph, console.progress, cache_in_attention=False)
-        with console.stage(f"build {out}"):
-            built = tensorrt.build(
-                graph, out, targets=recipe.target, type=recipe.activations, shapes=shapes, progress=console.progress
-            )
-        if recipe.triton:
-            folder, plugin = Path(recipe.triton), library.library_path()
-            write_repository(out, graph, folder, type=recipe.activations, plugin=plugin)
-            console.note(f"{folder} is a model repository for Triton; its README.md says how to serve it")
-    finally:
-        graph.unlink(missing_ok=True)
+def build(lowered: LoweringReport, out: Path, recipe: PlanRecipe, shapes: tensorrt.Shapes) -> tensorrt.BuildReport:
+    """Builds the plan, and the Triton repository if it is asked for; says what it came to."""
+    with console.stage(f"build {out}"):
+        built = tensorrt.build(
+            lowered.path, out, targets=recipe.target, type=recipe.activations, shapes=shapes, progress=console.progress
+        )
+    if recipe.triton:
+        folder, plugin = Path(recipe.triton), library.library_path()
+        write_repository(out, lowered.path, folder, type=recipe.activations, plugin=plugin)
+        console.note(f"{folder} is a model repository for Triton; its README.md says how to serve it")
     size = built.size
     console.note(
         f"{out}: {len(built.layers)} of {len(lowered.kernel_layers)} compressed layers in the plugin; "

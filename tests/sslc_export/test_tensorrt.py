@@ -21,17 +21,11 @@ from plugins_trt.pack import PackedLayer
 from sslc_common.errors import InputError, MissingError
 from sslc_export.engines import tensorrt, tensorrt_builder
 from sslc_export.engines.tensorrt_graph import rewrite
-from tests import tiny_models
 from tests.plugins_trt.emulator import from_bits
 from tests.plugins_trt.test_pack import unpack
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, lowered
 
 SHAPES = tensorrt.Shapes(batch=2, prefill=16, context=64)
-
-
-def lowered(family, **options):
-    """A tiny model as TensorRT takes it: Attention has no cache."""
-    return tiny_models.lowered(family, cache_in_attention=False, **options)
 
 
 def no_progress(items, _):
