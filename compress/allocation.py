@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.budget import LayerPlan, most_values, parameters
 from compress.importance import Importance
+from compress.rules import MaskRule
 
 SLACK = 0.4  # A layer keeps between SLACK times the mean share, and 1 − SLACK/2 times the mean share removed.
 _MOST_DIRECTIONS = 256  # of one layer that are looked at
@@ -31,6 +32,7 @@ def allocate(
     importance: dict[str, Importance],
     value_bytes: int,
     choose_ranks: bool = False,
+    rule: MaskRule | None = None,
 ) -> dict[str, LayerPlan]:
     """Plans with the same total of values, ranks scaled with them. Layers that stay dense are left out of it.
 
@@ -43,6 +45,7 @@ def allocate(
         importance: Of every layer that is not left dense.
         value_bytes: Of a stored value.
         choose_ranks: Whether each layer gets the rank that pays (`paying_rank`) rather than its share of the plan's.
+        rule: No layer gets more values than it allows, unless its plan has more already.
     """
     names = [name for name, plan in plans.items() if not plan.dense_reason]
     if not names:
@@ -51,6 +54,8 @@ def allocate(
     rooms = np.array([parameters(*shapes[name], plans[name].nnz, plans[name].rank) for name in names])
     mean = rooms.sum() / sizes.sum()
     most = np.array([most_values(*shapes[name], value_bytes) for name in names])
+    if rule:
+        most = np.minimum(most, [rule.most(*shapes[name]) for name in names])
     low = np.floor(SLACK * mean * sizes).astype(np.int64)
     # A layer whose plan passes the upper limit already (full rank, say) keeps what it has.
     high = np.maximum(np.minimum((1 - SLACK / 2 * (1 - mean)) * sizes, most), rooms).astype(np.int64)

@@ -11,6 +11,7 @@ from compress.architectures import linear_shape, linears, output_rows
 from compress.budget import LayerPlan, plan_layer, stored_bytes
 from compress.importance import Importance
 from compress.options import METHODS, VALUE_BYTES, CompressOptions
+from compress.rules import parse_rule
 from compress.source import Source
 from sslc_common.errors import InputError
 
@@ -52,7 +53,8 @@ def share_out(
         return output_rows(linear[name], source.read(f"{name}.weight"))
 
     free = options.rank is None and options.rank_share is None and METHODS[options.method].low_rank
-    return allocate(plans, shapes, weight, importance, VALUE_BYTES[options.values_dtype], choose_ranks=free)
+    value_bytes, rule = VALUE_BYTES[options.values_dtype], parse_rule(options.mask_rule)
+    return allocate(plans, shapes, weight, importance, value_bytes, choose_ranks=free, rule=rule)
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:

@@ -184,18 +184,22 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     from sslc_export.lowering.lower import lower
     from sslc_export.record import layer_records, read_record
     from validate.limits import load_limits
+    from validate.numerics import NumericsOptions
     from validate.run import Options, validate
 
     console.quiet_transformers()
     limits = load_limits(Path(recipe.limits) if recipe.limits else None, recipe.model_dump(include=set(_LIMITS)))
     record = read_record(path)
     checkpoint = path.parent / record["checkpoint"]
-    latency = _latency_options(checkpoint, recipe)
+    longest = _longest(checkpoint)
+    if path.suffix == ".plan":
+        longest = min(longest, record["tensorrt"]["shapes"]["prefill"])
+    latency = _latency_options(longest, recipe)
     held_out = read_tokens(
         recipe.held_out or [str(DATA / "held_out.txt")],
         checkpoint,
         tokens=recipe.held_out_tokens,
-        length=min(_HELD_OUT_LENGTH, _longest(checkpoint)),
+        length=min(_HELD_OUT_LENGTH, longest),
         seed=0,
         what="held-out",
     )
@@ -223,8 +227,9 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 reference=TorchEngine(model),
                 probes=None if path.suffix == ".plan" else partial(_probes, path, model, dense, recipe.threads),
                 held_out=np.asarray(held_out),
+                text=np.asarray(held_out)[: opened.batch],
                 limits=limits,
-                options=Options(latency=latency),
+                options=Options(NumericsOptions(padded_rows=opened.batch), latency),
                 sizes=opened.sizes,
                 record=opened.about,
                 layers=layer_records(checkpoint),
@@ -272,13 +277,12 @@ def _open_engines(path: Path, record: dict[str, Any], twin: LoweringReport | Non
     return Opened(engine, dense, sizes, engine_record(record, engine, path))
 
 
-def _latency_options(checkpoint: Path, recipe: ValidateRecipe) -> LatencyOptions:
+def _latency_options(longest: int, recipe: ValidateRecipe) -> LatencyOptions:
     from validate.latency import LatencyOptions
 
-    longest = _longest(checkpoint)
     prefill = recipe.prefill_tokens or min(LatencyOptions.prefill_tokens, longest)
     if prefill > longest:
-        raise InputError("The prompt is longer than the model can take", got=prefill, allowed=f"at most {longest}")
+        raise InputError("The prompt is longer than the engine can take", got=prefill, allowed=f"at most {longest}")
     return LatencyOptions(
         prefill_tokens=prefill,
         decode_context=min(LatencyOptions.decode_context, longest - 1),

@@ -53,6 +53,10 @@ def build(lowered: LoweringReport, out: Path, recipe: PlanRecipe, shapes: tensor
         built = tensorrt.build(
             lowered.path, out, targets=recipe.target, type=recipe.activations, shapes=shapes, progress=console.progress
         )
+    if recipe.triton:
+        folder, plugin = Path(recipe.triton), library.library_path()
+        write_repository(out, lowered.path, folder, type=recipe.activations, plugin=plugin)
+        console.note(f"{folder} is a model repository for Triton; its README.md says how to serve it")
     size = built.size
     console.note(
         f"{out}: {len(built.layers)} of {len(lowered.kernel_layers)} compressed layers in the plugin; "
@@ -60,9 +64,6 @@ def build(lowered: LoweringReport, out: Path, recipe: PlanRecipe, shapes: tensor
         f"TensorRT's kernels {size.kernel_source / 1e6:.1f}); packed in {built.seconds['pack']:.0f} s, built in "
         f"{built.seconds['build']:.0f} s with at most {built.peak_bytes / 2**30:.1f} GiB of memory"
     )
-    if recipe.triton:
-        write_repository(out, lowered.path, Path(recipe.triton), type=recipe.activations, plugin=library.library_path())
-        console.note(f"{recipe.triton} is a model repository for Triton; its README.md says how to serve it")
     return built
 
 
@@ -120,9 +121,9 @@ def open_engines(path: Path, record: dict[str, Any], twin: LoweringReport | None
     from sslc_export.record import Opened
 
     dense, sizes, about = _examine(path, record, twin)
-    return Opened(
-        TensorRTEngine(path, name="compressed"), TensorRTEngine(dense, name="dense") if dense else None, sizes, about
-    )
+    engine = TensorRTEngine(path, name="compressed")
+    batch = min(Opened.batch, record["tensorrt"]["shapes"]["batch"])
+    return Opened(engine, TensorRTEngine(dense, name="dense") if dense else None, sizes, about, batch)
 
 
 def _examine(

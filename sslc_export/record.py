@@ -33,12 +33,14 @@ class Opened:
         dense: Its dense twin, if there is one.
         sizes: Of both.
         about: What the record says about the engine.
+        batch: Sequences to give it at a time, so that its batches are tested if it takes any.
     """
 
     engine: Engine
     dense: Engine | None
     sizes: SizeLedger
     about: EngineRecord
+    batch: int = 2
 
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors")

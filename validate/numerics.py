@@ -28,6 +28,7 @@ class NumericsOptions:
     Attributes:
         decode_steps: Single-token steps after the prefill; as many tokens are taken from the end of each row.
         padded_tokens: Longest prefill of the left-padded batch; the shortest is about half of it.
+        padded_rows: Rows of that batch if the text has one row; 1 for engines that take one sequence at a time.
         greedy_tokens: Tokens generated for each prompt; 0 for none.
         prompt_tokens: Length of the prompts taken from `input_ids` when none are given.
         max_prompts: How many of these.
@@ -35,6 +36,7 @@ class NumericsOptions:
 
     decode_steps: int = 8
     padded_tokens: int = 48
+    padded_rows: int = 2
     greedy_tokens: int = 32
     prompt_tokens: int = 16
     max_prompts: int = 4
@@ -147,8 +149,9 @@ def compare(
         if step == "text":
             phases |= _text(pair, text, options.decode_steps)
         elif step == "padding":
+            rows = text if len(text) > 1 else np.repeat(text, options.padded_rows, axis=0)
             phases["padded"] = _padded(
-                pair, text[:, : options.padded_tokens + options.decode_steps], options.decode_steps
+                pair, rows[:, : options.padded_tokens + options.decode_steps], options.decode_steps
             )
         else:
             generations.append(_generate(pair, prompts[int(step)], options.greedy_tokens))
@@ -173,7 +176,7 @@ def _text(pair: tuple[Engine, Engine], text: np.ndarray, steps: int) -> dict[str
 
 
 def _padded(pair: tuple[Engine, Engine], text: np.ndarray, steps: int) -> PositionErrors:
-    """A batch of rows from whole to half length, padded on the left, then decoded."""
+    """A batch of rows from whole to half length (a single row: half), padded on the left, then decoded."""
     tokens = text.shape[1]
     split = tokens - steps
     padded, mask = left_padded(text, split)

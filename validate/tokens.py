@@ -56,22 +56,20 @@ def check_logits(logits: np.ndarray, shape: tuple[int, int, int], name: str) -> 
 
 
 def left_padded(text: np.ndarray, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch of two rows or more, the first whole and each of the others shorter, filled up on the left.
+    """Rows from whole to half length (a single row: half), filled up on the left.
 
     Args:
         text: Token ids [B, L].
         split: Length of the prefill; the last row begins with `split` // 2 positions of padding.
 
     Returns:
-        Token ids and mask, both [max(B, 2), L].
+        Token ids and mask, both [B, L].
     """
-    if len(text) == 1:
-        text = np.repeat(text, 2, axis=0)
     rows, tokens = text.shape
     # Any token will do as padding; 0 is in every vocabulary.
     padded, mask = np.zeros_like(text), np.ones_like(text)
     for row in range(rows):
-        padding = (split // 2) * row // (rows - 1)
+        padding = (split // 2) * row // (rows - 1) if rows > 1 else split // 2
         padded[row, padding:] = text[row, : tokens - padding]
         mask[row, :padding] = 0
     return padded, mask

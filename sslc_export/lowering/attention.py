@@ -93,7 +93,8 @@ def _shape(graph: ir.Graph, dimensions: list[int]) -> ir.Value:
     name = f"shape.{'.'.join(map(str, dimensions))}"
     if name not in graph.initializers:
         tensor = ir.tensor(np.array(dimensions, np.int64), name=name)
-        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(dimensions)]), const_value=tensor))
+        type, shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(dimensions)])
+        graph.register_initializer(ir.Value(name=name, shape=shape, type=type, const_value=tensor))
     return graph.initializers[name]
 
 

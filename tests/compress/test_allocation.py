@@ -4,6 +4,7 @@ import torch
 from compress.allocation import SLACK, allocate, paying_rank
 from compress.budget import LayerPlan, parameters, stored_bytes
 from compress.importance import Importance
+from compress.rules import MaskRule
 
 SHAPES = {"a": (40, 64), "b": (64, 100), "c": (8, 16), "d": (64, 64)}
 
@@ -50,6 +51,14 @@ def test_the_more_important_layer_keeps_more_within_the_limits():
     # One value more or less, where shares are rounded to whole values.
     assert share(shared, "a") == pytest.approx(1 - SLACK / 4, abs=1e-3)
     assert share(shared, "b") >= SLACK / 2
+
+
+def test_no_layer_gets_more_values_than_the_mask_rule_allows():
+    plans, weights, importance = problem(budget=0.4)
+    importance["a"] = Importance(torch.full((40,), 1e9), torch.ones(64))
+    shared = allocate(plans, SHAPES, weights.__getitem__, importance, 4, rule=MaskRule(32, 64))
+    assert share(shared, "a") == 0.5
+    assert sum(shared[n].nnz for n in "abc") == sum(plans[n].nnz for n in "abc")
 
 
 def test_equal_layers_keep_about_the_same():

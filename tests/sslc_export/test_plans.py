@@ -11,7 +11,8 @@ import pytest
 
 from sslc_export import plans
 from sslc_export.cli import export, validate
-from sslc_export.engines import tensorrt_builder
+from sslc_export.engines import tensorrt_builder, tensorrt_runtime
+from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
 from validate.document import schema
 from validate.limits import Limits
 
@@ -107,6 +108,33 @@ def test_the_engine_beside_a_plan_runs_on_the_cpu(built, text_file, tmp_path):
 def test_a_missed_size_limit_is_a_regression_without_a_gpu_too(built, tiny_folder, without_gpu, tmp_path):
     arguments = ["--engine", str(built[0] / "engine.plan"), "--reference", str(tiny_folder)]
     assert validate.main([*arguments, "--report", str(tmp_path), "--max-size-ratio", "0.01"]) == 1
+
+
+class OnCpu(OnnxRuntimeEngine):
+    """Stands in for a GPU: runs the graph beside a plan, and takes no shapes beyond those of the tiny plan."""
+
+    def __init__(self, path, *, name):
+        super().__init__(path.with_suffix(".onnx"), threads=1, name=name)
+
+    def run(self, input_ids, attention_mask=None, cache=None):
+        batch, new = input_ids.shape
+        assert batch == 1
+        assert new <= 512
+        return super().run(input_ids, attention_mask, cache)
+
+
+def test_where_a_gpu_is_the_plan_is_validated_in_full(built, tiny_folder, text_file, monkeypatch, plugin, tmp_path):
+    monkeypatch.setenv("SSLC_TRT_LIBRARY", str(plugin))
+    monkeypatch.setattr(plans, "why_not_executed", lambda: None)
+    monkeypatch.setattr(tensorrt_runtime, "TensorRTEngine", OnCpu)
+    arguments = ["--engine", str(built[0] / "engine.plan"), "--reference", str(tiny_folder), "--report", str(tmp_path)]
+    arguments += ["--held-out-tokens", "2048", "--latency-seconds", "0.5", "--held-out", str(text_file)]
+    assert validate.main(arguments) == 0
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["numerics"]["relative_l2"] < 1e-5
+    assert verdict["accuracy"]["perplexity_ratio"] > 0
+    assert verdict["latency"]["decode"]["speedup"]
+    assert verdict["limits"][0]["limit"] == 0.02
 
 
 @pytest.mark.parametrize(

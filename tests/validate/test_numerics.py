@@ -187,3 +187,15 @@ def test_zero_logits_agree_with_zero_and_with_nothing_else():
     zeros, ones = np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32)
     assert summarize("x", position_errors(zeros, zeros), 0.0).relative_l2 == 0
     assert summarize("x", position_errors(zeros, ones), 0.0).relative_l2 == np.inf
+
+
+def test_an_engine_for_one_sequence_gets_one_and_padding_all_the_same():
+    class OneSequence(toys.Toy):
+        def run(self, input_ids, attention_mask=None, cache=None):
+            assert len(input_ids) == 1
+            return super().run(input_ids, attention_mask, cache)
+
+    options = NumericsOptions(padded_tokens=32, padded_rows=1, greedy_tokens=4)
+    numerics = compare(toys.Toy("reference"), OneSequence(), toys.tokens(1, 40), options=options)
+    assert phases(numerics)["padded"].positions == 16 + 8  # half of the row is padding
+    assert numerics.relative_l2 == 0
