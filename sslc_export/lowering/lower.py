@@ -130,7 +130,9 @@ def _name_our_nodes(model: ir.Model) -> tuple[str, ...]:
 
 def _describe(model: ir.Model, checkpoint: Checkpoint, dense_layers: tuple[str, ...]) -> None:
     """Adds the operator's body and says where the model comes from."""
-    body = ir.serde.deserialize_function(op.function_body())
+    ours = [node for node in model.graph if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
+    with_scales = any(len(node.inputs) > names.INPUTS.index("scales") for node in ours)
+    body = ir.serde.deserialize_function(op.function_body(with_scales))
     model.functions[body.identifier()] = body
     model.opset_imports[names.DOMAIN] = names.VERSION
     model.graph.name = str(checkpoint.config["model_type"])
