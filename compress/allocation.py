@@ -33,6 +33,7 @@ def allocate(
     value_bytes: int,
     choose_ranks: bool = False,
     rule: MaskRule | None = None,
+    factor_cost: int = 1,
 ) -> dict[str, LayerPlan]:
     """Plans with the same total of values, ranks scaled with them. Layers that stay dense are left out of it.
 
@@ -45,13 +46,14 @@ def allocate(
         importance: Of every layer that is not left dense.
         value_bytes: Of a stored value.
         choose_ranks: Whether each layer gets the rank that pays (`paying_rank`) rather than its share of the plan's.
+        factor_cost: How many values a number of U or V displaces (`compress.budget.factor_cost`).
         rule: No layer gets more values than it allows, unless its plan has more already.
     """
     names = [name for name, plan in plans.items() if not plan.dense_reason]
     if not names:
         return plans
     sizes = np.array([shapes[name][0] * shapes[name][1] for name in names])
-    rooms = np.array([parameters(*shapes[name], plans[name].nnz, plans[name].rank) for name in names])
+    rooms = np.array([parameters(*shapes[name], plans[name].nnz, factor_cost * plans[name].rank) for name in names])
     mean = rooms.sum() / sizes.sum()
     most = np.array([most_values(*shapes[name], value_bytes) for name in names])
     if rule:
@@ -81,34 +83,39 @@ def allocate(
     if choose_ranks:
         return plans | {
             name: _with_rank(
-                plans[name], paying_rank(_scaled_weight(weight(name), importance[name]), room), shapes[name], room
+                plans[name],
+                paying_rank(_scaled_weight(weight(name), importance[name]), room, factor_cost),
+                factor_cost * sum(shapes[name]),
+                room,
             )
             for name, room in zip(names, shared.tolist(), strict=True)
         }
     return plans | {
-        name: _scaled(plans[name], shapes[name], int(old), int(new))
+        name: _scaled(plans[name], shapes[name], int(old), int(new), factor_cost)
         for name, old, new in zip(names, rooms, shared, strict=True)
     }
 
 
-def _scaled(plan: LayerPlan, shape: tuple[int, int], old: int, new: int) -> LayerPlan:
+def _scaled(plan: LayerPlan, shape: tuple[int, int], old: int, new: int, factor_cost: int) -> LayerPlan:
     """A plan for `new` values in place of `old`, the rank in proportion."""
     N, K = shape
     rank = min(plan.rank * new // max(old, 1), N, K)
-    nnz = new - rank * (N + K)
+    nnz = new - rank * (N + K) * factor_cost
     if nnz > N * K:
         raise AssertionError(f"{nnz} values in a layer of {N}·{K}")
     return replace(plan, rank=rank, nnz=nnz)
 
 
-def paying_rank(A: Tensor, room: int) -> int:
-    """The rank r, often 0, with the least loss where A = √F·W·d [N, K] gets r directions and room − r(N + K) values.
+def paying_rank(A: Tensor, room: int, factor_cost: int = 1) -> int:
+    """The rank r, often 0, with the least loss where A = √F·W·d [N, K] gets r directions and the rest in values.
+
+    That is room − r(N + K) of them, or more generally room − r(N + K)·factor_cost.
 
     The directions are the first of the SVD, the values the largest entries of the rest; the loss is the energy of what
     remains. r is 0 or a power of two, and takes half of the room at most.
     """
     N, K = A.shape
-    most = min(_MOST_DIRECTIONS, min(N, K), room // (2 * (N + K)))
+    most = min(_MOST_DIRECTIONS, min(N, K), room // (2 * (N + K) * factor_cost))
     ranks = [0] + [1 << i for i in range(most.bit_length())]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -116,14 +123,14 @@ def paying_rank(A: Tensor, room: int) -> int:
 
     def loss(r: int) -> float:
         rest = (A - (U[:, :r] * s[:r]) @ V[:, :r].T).square().flatten().numpy()
-        removed = N * K - (room - r * (N + K))
+        removed = N * K - (room - r * (N + K) * factor_cost)
         return float(np.partition(rest, removed - 1)[:removed].sum(dtype=np.float64)) if removed > 0 else 0.0
 
     return min(ranks, key=loss)
 
 
-def _with_rank(plan: LayerPlan, rank: int, shape: tuple[int, int], room: int) -> LayerPlan:
-    return replace(plan, rank=rank, nnz=room - rank * sum(shape))
+def _with_rank(plan: LayerPlan, rank: int, direction: int, room: int) -> LayerPlan:
+    return replace(plan, rank=rank, nnz=room - rank * direction)
 
 
 def _scaled_weight(W: Tensor, importance: Importance) -> Tensor:

@@ -2,6 +2,8 @@
 
 Bytes are what the checkpoint stores, values, bitmap, U, V and the bias, over the dense weight and bias at the same
 value type. The papers' count, nnz + r(N + K) over NK, knows neither bitmap nor bias.
+
+With int8 values there is a float16 scale per row and 64 columns, and numbers of U and V take two bytes, not one.
 """
 
 from __future__ import annotations
@@ -34,7 +36,18 @@ def dense_bytes(N: int, K: int, value_bytes: int, bias_bytes: int = 0) -> int:
 
 def stored_bytes(N: int, K: int, nnz: int, rank: int, value_bytes: int, bias_bytes: int = 0) -> int:
     """Bytes of a compressed layer in the checkpoint."""
-    return bitmap_bytes(N, K) + (nnz + rank * (N + K)) * value_bytes + bias_bytes
+    values = nnz * value_bytes + rank * (N + K) * factor_bytes(value_bytes)
+    return fixed_bytes(N, K, value_bytes) + values + bias_bytes
+
+
+def factor_bytes(value_bytes: int) -> int:
+    """Bytes of one number of U or V."""
+    return max(value_bytes, 2)
+
+
+def fixed_bytes(N: int, K: int, value_bytes: int) -> int:
+    """Bytes that do not depend on the plan: the bitmap, and the scales of int8 values."""
+    return bitmap_bytes(N, K) + (N * 2 * ((K + 63) // 64) if value_bytes == 1 else 0)
 
 
 def bitmap_bytes(N: int, K: int) -> int:
@@ -49,7 +62,7 @@ def parameters(N: int, K: int, nnz: int, rank: int) -> int:
 
 def most_values(N: int, K: int, value_bytes: int) -> int:
     """Values that a layer can hold, in S, U and V together, and still take fewer bytes than dense."""
-    return (dense_bytes(N, K, value_bytes) - bitmap_bytes(N, K) - 1) // value_bytes
+    return (dense_bytes(N, K, value_bytes) - fixed_bytes(N, K, value_bytes) - 1) // value_bytes
 
 
 def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) -> LayerPlan:
@@ -69,22 +82,29 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
     if options.budget_in == "params":
         room = math.floor(options.budget * N * K)
     else:
-        room = (math.floor(options.budget * dense) - bitmap_bytes(N, K) - bias_bytes) // value_bytes
+        room = (math.floor(options.budget * dense) - fixed_bytes(N, K, value_bytes) - bias_bytes) // value_bytes
     if room <= 0:
         return LayerPlan(
             dense_reason=f"a budget of {options.budget:g} leaves no room for values: "
-            f"the bitmap alone takes {bitmap_bytes(N, K) / dense:.1%} of the dense bytes"
+            f"what says where they are takes {fixed_bytes(N, K, value_bytes) / dense:.1%} of the dense bytes"
         )
-    rank = _rank(N, K, room, options) if METHODS[options.method].low_rank else 0
-    if rank * (N + K) > room:
-        return LayerPlan(dense_reason=f"rank {rank} takes {rank * (N + K)} values, more than the budget's {room}")
-    nnz = min(room - rank * (N + K), N * K)
+    direction = (N + K) * factor_cost(options)
+    rank = _rank(N, K, room / direction, options) if METHODS[options.method].low_rank else 0
+    if rank * direction > room:
+        return LayerPlan(dense_reason=f"rank {rank} takes {rank * direction} values, more than the budget's {room}")
+    nnz = min(room - rank * direction, N * K)
     if stored_bytes(N, K, nnz, rank, value_bytes, bias_bytes) >= dense:
         return LayerPlan(dense_reason="compressed, it would take no fewer bytes than dense")
     return LayerPlan(rank, nnz)
 
 
-def _rank(N: int, K: int, room: int, options: CompressOptions) -> int:
+def factor_cost(options: CompressOptions) -> int:
+    """How many values of S a number of U or V displaces: 1, or 2 with int8 values and a budget in bytes."""
+    value_bytes = VALUE_BYTES[options.values_dtype]
+    return factor_bytes(value_bytes) // value_bytes if options.budget_in == "bytes" else 1
+
+
+def _rank(N: int, K: int, most: float, options: CompressOptions) -> int:
     if options.rank is not None:
         return min(options.rank, N, K)
-    return min(math.floor((options.rank_share or 0) * room / (N + K)), N, K)
+    return min(math.floor((options.rank_share or 0) * most), N, K)

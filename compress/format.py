@@ -22,7 +22,8 @@ from sslc_common.errors import InputError
 QUANT_METHOD = "sslc"
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
-VALUE_DTYPES = ("F32", "BF16")
+VALUE_DTYPES = ("F32", "BF16", "I8")
+_FACTOR_DTYPES = {"F32": "F32", "BF16": "BF16", "I8": "BF16"}  # of U and V, by the dtype of the values
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -42,7 +43,7 @@ class LayerInfo:
         K: Inputs.
         rank: r, may be 0.
         nnz: Stored values of S.
-        dtype: Of values, U and V: "F32" or "BF16".
+        dtype: Of values: "F32" or "BF16", as are U and V; or "I8", with U and V in BF16 and scales.
         bias: dtype of the bias, or None.
     """
 
@@ -121,6 +122,8 @@ class Checkpoint:
             layer_name, _, part = name.rpartition(".")
             if part == "bitmap" and (layer := self.layers.get(layer_name)):
                 _verify_bitmap(tensor, name, ref, layer)
+            if part == "scales" and layer_name in self.layers:
+                _verify_scales(tensor, name, ref)
 
 
 def require_finite(tensor: Tensor, name: str, file: Path) -> None:
@@ -253,18 +256,38 @@ def _layer(folder: Path, name: str, entry: object, tensors: dict[str, TensorRef]
                 got=list(ref.shape),
                 allowed=str(list(shape)),
             )
-        dtypes = ("I32",) if part == "bitmap" else VALUE_DTYPES
+        dtypes = {"bitmap": ("I32",), "values": VALUE_DTYPES}.get(part, tuple(_FACTOR_DTYPES.values()))
         if ref.dtype not in dtypes:
             raise _damaged(ref.file, f"Tensor {name}.{part} has a wrong type", ref.dtype, " or ".join(dtypes))
     dtype = tensors[f"{name}.values"].dtype
     for part in ("U", "V"):
         ref = tensors[f"{name}.{part}"]
-        if ref.dtype != dtype:
-            raise _damaged(ref.file, f"Tensor {name}.{part} has another type than {name}.values", ref.dtype, dtype)
+        if ref.dtype != (wanted := _FACTOR_DTYPES[dtype]):
+            fact = f"Tensor {name}.{part} has another type than {name}.values asks for"
+            raise _damaged(ref.file, fact, ref.dtype, wanted)
+    _check_scales(config, name, (N, bitmap_words(K) // 2), dtype, tensors)
     bias = tensors.get(f"{name}.bias")
     if bias is not None and (bias.shape != (N,) or bias.dtype not in _FLOATS):
         raise _damaged(bias.file, f"Tensor {name}.bias is wrong", f"{bias.dtype} {list(bias.shape)}", f"[{N}] floats")
     return LayerInfo(N, K, rank, nnz, dtype, bias.dtype if bias else None)
+
+
+def _check_scales(config: Path, name: str, shape: tuple[int, int], dtype: str, tensors: dict[str, TensorRef]) -> None:
+    ref = tensors.get(f"{name}.scales")
+    if dtype != "I8":
+        if ref is not None:
+            raise _damaged(ref.file, f"Tensor {name}.scales is there, though {name}.values are not int8", dtype, "I8")
+        return
+    if ref is None:
+        raise _damaged(config, f"Tensor {name}.scales is missing, though {name}.values are int8")
+    if ref.dtype != "F16" or ref.shape != shape:
+        got = f"{ref.dtype} {list(ref.shape)}"
+        raise _damaged(ref.file, f"Tensor {name}.scales is wrong", got, f"F16 {list(shape)}")
+
+
+def _verify_scales(scales: Tensor, name: str, ref: TensorRef) -> None:
+    if (scales < 0).any():
+        raise _damaged(ref.file, f"Tensor {name} holds negative scales", float(scales.min()), "0 or more")
 
 
 def _verify_bitmap(bitmap: Tensor, name: str, ref: TensorRef, layer: LayerInfo) -> None:

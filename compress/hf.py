@@ -20,7 +20,13 @@ from compress.format import QUANT_METHOD, Checkpoint
 from compress.layer import LowRankSparseLinear
 from sslc_common.errors import InputError
 
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+}
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -15,6 +15,8 @@ from torch.nn import functional
 
 # Multiplying eight bytes of 0 or 1 by this constant gathers them, first byte lowest, in the top byte of the product:
 # byte i (bit 8i) meets 2^(56-7i) and lands on bit 56+i; no other pair of bits reaches the top byte, and none collide.
+SCALE_GROUP = 64  # columns of a row that share one scale of int8 values
+
 _GATHER_BITS = 0x0102040810204080
 
 
@@ -52,6 +54,22 @@ def unpack(bitmap: Tensor, values: Tensor, K: int) -> Tensor:
     return S.masked_scatter_(unpack_mask(bitmap, K), values)
 
 
+def decode(bitmap: Tensor, values: Tensor, scales: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
+    """S [N, K] in a floating dtype, from values of any type.
+
+    Args:
+        bitmap: int32 [N, 2·⌈K/64⌉].
+        values: [nnz], floating or int8.
+        scales: [N, ⌈K/64⌉], what int8 values of a row and aligned 64 columns are multiplied with; None for floats.
+        K: Inputs of the layer.
+        dtype: Of the result.
+    """
+    S = unpack(bitmap, values.to(dtype), K)
+    if scales is None:
+        return S
+    return S.mul_(scales.to(dtype).repeat_interleave(SCALE_GROUP, dim=1)[:, :K])
+
+
 def _bits_of_bytes(device: torch.device) -> Tensor:
     """int64 [256]: entry b holds the eight bits of b as eight bytes of 0 or 1, lowest bit first."""
     bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
@@ -67,7 +85,13 @@ def _linear(x: Tensor, S: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> 
 
 @torch.library.custom_op("sslc::low_rank_sparse_linear", mutates_args=())
 def low_rank_sparse_linear(
-    x: Tensor, bitmap: Tensor, values: Tensor, U: Tensor, V: Tensor, bias: Tensor | None
+    x: Tensor,
+    bitmap: Tensor,
+    values: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Y = X · Sᵀ + (X · Vᵀ) · Uᵀ + bias, decoding S on every call.
 
@@ -80,15 +104,24 @@ def low_rank_sparse_linear(
         U: [N, r]. r may be 0.
         V: [r, K].
         bias: [N] or None.
+        scales: [N, ⌈K/64⌉] for int8 values, else None.
 
     Returns:
         [..., N] in the dtype of x.
     """
-    return _linear(x, unpack(bitmap, values.to(x.dtype), x.shape[-1]), U, V, bias)
+    return _linear(x, decode(bitmap, values, scales, x.shape[-1], x.dtype), U, V, bias)
 
 
 @low_rank_sparse_linear.register_fake
-def _(x: Tensor, bitmap: Tensor, values: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    bitmap: Tensor,
+    values: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], U.shape[0])
 
 
@@ -104,7 +137,7 @@ class LowRankSparseLinear(nn.Module):
         nnz: Stored values of S.
         rank: r, may be 0.
         bias: Whether there is a bias.
-        dtype: Of values, U and V.
+        dtype: Of values, U and V; with int8 values, which have scales, U and V are bfloat16.
         bias_dtype: Of the bias; None for `dtype`.
     """
 
@@ -125,15 +158,25 @@ class LowRankSparseLinear(nn.Module):
         self.in_features, self.out_features, self.rank, self.nnz = K, N, rank, nnz
         self.register_buffer("bitmap", torch.empty(N, bitmap_words(K), dtype=torch.int32))
         self.values = _parameter(torch.empty(nnz, dtype=dtype))
-        self.U = _parameter(torch.empty(N, rank, dtype=dtype))
-        self.V = _parameter(torch.empty(rank, K, dtype=dtype))
-        self.bias = _parameter(torch.empty(N, dtype=bias_dtype or dtype)) if bias else None
+        int8 = dtype == torch.int8
+        factors = torch.bfloat16 if int8 else dtype
+        self.U = _parameter(torch.empty(N, rank, dtype=factors))
+        self.V = _parameter(torch.empty(rank, K, dtype=factors))
+        self.bias = _parameter(torch.empty(N, dtype=bias_dtype or factors)) if bias else None
+        scales = torch.empty(N, bitmap_words(K) // 2, dtype=torch.float16) if int8 else None
+        self.scales = None if scales is None else _parameter(scales)
         self._keep = False
         self._decoded: Tensor | None = None
 
     @classmethod
     def from_parts(
-        cls, bitmap: Tensor, values: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None
+        cls,
+        bitmap: Tensor,
+        values: Tensor,
+        U: Tensor,
+        V: Tensor,
+        bias: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> LowRankSparseLinear:
         """A layer that uses the given tensors as they are."""
         with torch.device("meta"):
@@ -141,14 +184,16 @@ class LowRankSparseLinear(nn.Module):
         layer.bitmap = bitmap
         layer.values, layer.U, layer.V = _parameter(values), _parameter(U), _parameter(V)
         layer.bias = None if bias is None else _parameter(bias)
+        layer.scales = None if scales is None else _parameter(scales)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Y [..., N] of X [..., K]."""
         if not self._keep:
-            return torch.ops.sslc.low_rank_sparse_linear(x, self.bitmap, self.values, self.U, self.V, self.bias)
+            weights = (self.bitmap, self.values, self.U, self.V, self.bias, self.scales)
+            return torch.ops.sslc.low_rank_sparse_linear(x, *weights)
         if self._decoded is None or self._decoded.dtype != x.dtype:
-            self._decoded = unpack(self.bitmap, self.values.detach().to(x.dtype), self.in_features)
+            self._decoded = self._decode(x.dtype)
         return _linear(x, self._decoded, self.U, self.V, self.bias)
 
     def keep_decoded(self, keep: bool) -> None:
@@ -158,7 +203,12 @@ class LowRankSparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense S + U·V [N, K], made on each access: model code that looks at `layer.weight` sees the truth."""
-        return unpack(self.bitmap, self.values, self.in_features) + self.U @ self.V
+        dtype = torch.float32 if self.scales is not None else self.U.dtype
+        return self._decode(dtype) + self.U.to(dtype) @ self.V.to(dtype)
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        scales = None if self.scales is None else self.scales.detach()
+        return decode(self.bitmap, self.values.detach(), scales, self.in_features, dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -36,7 +36,7 @@ METHODS = {
     "svd_llm": MethodTraits(calibrated=True, low_rank=True),
     "fwsvd": MethodTraits(calibrated=True, low_rank=True),
 }
-VALUE_BYTES = {"f32": 4, "bf16": 2}
+VALUE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 BUDGET_UNITS = ("bytes", "params")
 ALLOCATIONS = ("fisher", "uniform")
 
@@ -52,7 +52,8 @@ class CompressOptions:
             "params": the papers' count, (nnz + r(N + K)) / NK.
         allocation: "fisher": one threshold for the whole model on the loss that each entry's removal would cause (see
             `compress.allocation`). "uniform": the same budget for every layer, as without calibration text.
-        values_dtype: Type of values, U and V: "f32" or "bf16".
+        values_dtype: Type of values, U and V: "f32" or "bf16"; or "int8" for the values, with one float16 scale per row
+            and 64 columns, and bfloat16 for U and V.
         rank_share: Share of the room for values that goes to U and V; None for the rank that pays in each layer, often
             0, and always 0 with a uniform allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
@@ -105,6 +106,13 @@ class CompressOptions:
                 got=f"rank {self.rank}",
                 allowed="rank 0",
                 do=f"Leave the rank out, or choose {_names(m for m, t in METHODS.items() if t.low_rank)}",
+            )
+        if self.values_dtype == "int8" and self.tuning_minutes:
+            raise InputError(
+                "Models with int8 values cannot be tuned yet",
+                got=f"{self.tuning_minutes:g} tuning minutes",
+                allowed="0",
+                do="Leave the tuning out, or store the values as bf16",
             )
         if not 0 <= self.tuning_minutes < math.inf:
             raise InputError("The tuning time is out of range", got=self.tuning_minutes, allowed="0 minutes or more")

@@ -252,7 +252,8 @@ def _load_finished(source: Source, name: str, shard: Path) -> None:
         if f"{full}.bitmap" in tensors:
             bitmap, values, U, V = (tensors.pop(f"{full}.{part}") for part in ("bitmap", "values", "U", "V"))
             bias = tensors.pop(f"{full}.bias").float() if f"{full}.bias" in tensors else None
-            compressed = LowRankSparseLinear.from_parts(bitmap, values, U, V, bias)
+            scales = tensors.pop(f"{full}.scales", None)
+            compressed = LowRankSparseLinear.from_parts(bitmap, values, U, V, bias, scales)
             source.model.set_submodule(full, compressed)
     for parameter, tensor in tensors.items():
         assign(source.model, parameter, tensor.float())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.allocation import allocate
 from compress.architectures import linear_shape, linears, output_rows
-from compress.budget import LayerPlan, plan_layer, stored_bytes
+from compress.budget import LayerPlan, factor_cost, plan_layer, stored_bytes
 from compress.importance import Importance
 from compress.options import METHODS, VALUE_BYTES, CompressOptions
 from compress.rules import parse_rule
@@ -54,7 +54,8 @@ def share_out(
 
     free = options.rank is None and options.rank_share is None and METHODS[options.method].low_rank
     value_bytes, rule = VALUE_BYTES[options.values_dtype], parse_rule(options.mask_rule)
-    return allocate(plans, shapes, weight, importance, value_bytes, choose_ranks=free, rule=rule)
+    cost = factor_cost(options)
+    return allocate(plans, shapes, weight, importance, value_bytes, choose_ranks=free, rule=rule, factor_cost=cost)
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:

@@ -15,6 +15,7 @@ from compress.architectures import linear_shape, linears, output_rows
 from compress.blocks import LayerInputs
 from compress.budget import LayerPlan
 from compress.importance import Importance
+from compress.int8 import round_to_int8
 from compress.layer import LowRankSparseLinear, pack
 from compress.methods import (
     alps,
@@ -48,7 +49,7 @@ SOLVERS: dict[str, Any] = {
     "svd_llm": svd_llm.solve,
     "fwsvd": fwsvd.solve,
 }
-_VALUE_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+_FACTOR_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 def compress_block(
@@ -93,7 +94,7 @@ def compress_block(
             )
         )
         del stored[f"{full}.weight"]
-        for part in ("bitmap", "values", "U", "V"):
+        for part in ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",))):
             stored[f"{full}.{part}"] = getattr(compressed, part)
         block.set_submodule(layer, compressed)
     return rows
@@ -121,10 +122,13 @@ def _solve(
         with masks.in_force(parse_rule(options.mask_rule)):
             mask, S, U, V = SOLVERS[options.method](scale * W.detach(), gram, plan.nnz, plan.rank)
     parts = (S / scale, U / scale, V)
-    S, U, V = (part.to(_VALUE_DTYPES[options.values_dtype]).contiguous() for part in parts)
-    for part in (S, U, V):
+    for part in parts:
         if not torch.isfinite(part).all():
             raise ArithmeticError(f"{options.method} made values of {name} that are not finite")
+    S, U, V = (part.to(_FACTOR_DTYPES[options.values_dtype]).contiguous() for part in parts)
+    if options.values_dtype == "int8":
+        rounded, scales = round_to_int8(parts[0] * mask, None if gram is None else gram.diagonal())
+        return LowRankSparseLinear.from_parts(*pack(rounded, mask), U, V, bias, scales)
     return LowRankSparseLinear.from_parts(*pack(S, mask), U, V, bias)
 
 

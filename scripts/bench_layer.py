@@ -49,11 +49,12 @@ class Shape:
         """Share of S that is stored."""
         return self.budget - self.r * (self.n + self.k) / (self.n * self.k)
 
-    def stored_bytes(self, size: int) -> int:
-        """Bytes read per pass: values, bitmap, U, V and bias."""
+    def stored_bytes(self, values: str) -> int:
+        """Bytes read per pass: values, bitmap, scales, U, V and bias."""
         words = -(-self.k // 64)
-        values = round(self.density * self.n * self.k) + self.r * (self.n + self.k)
-        return values * size + self.n * words * 8 + self.n * 4
+        size, factor_size, scale_size = {"f32": (4, 4, 0), "bf16": (2, 2, 0), "int8": (1, 2, 2)}[values]
+        stored = round(self.density * self.n * self.k) * size + self.r * (self.n + self.k) * factor_size
+        return stored + self.n * words * (8 + scale_size) + self.n * 4
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def dense_model(shape: Shape, copies: int) -> bytes:
 
 
 def sparse_model(shape: Shape, values: str, copies: int) -> bytes:
-    """Ours, with different weights: `values` is f32 or bf16."""
-    element = {"f32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}[values]
+    """Ours, with different weights: `values` is f32, bf16 or int8."""
+    element = {"f32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16, "int8": TensorProto.INT8}[values]
+    factor = TensorProto.FLOAT if values == "f32" else TensorProto.BFLOAT16
     rng = np.random.default_rng(0)
 
     def stored(array: np.ndarray) -> np.ndarray:
@@ -133,13 +135,17 @@ def sparse_model(shape: Shape, values: str, copies: int) -> bytes:
     for i in range(copies):
         kept = np.zeros((shape.n, -(-shape.k // 64) * 64), dtype=bool)
         kept[:, : shape.k] = rng.random((shape.n, shape.k), dtype=np.float32) < shape.density
+        S = rng.standard_normal(int(kept.sum()), dtype=np.float32)
         layer = {
             "bitmap": (np.packbits(kept, axis=1, bitorder="little").view(np.int32), TensorProto.INT32),
-            "values": (stored(rng.standard_normal(int(kept.sum()), dtype=np.float32)), element),
-            "U": (stored(rng.standard_normal((shape.n, shape.r), dtype=np.float32)), element),
-            "V": (stored(rng.standard_normal((shape.r, shape.k), dtype=np.float32)), element),
+            "values": ((S * 30).clip(-127, 127).astype(np.int8) if values == "int8" else stored(S), element),
+            "U": (stored(rng.standard_normal((shape.n, shape.r), dtype=np.float32)), factor),
+            "V": (stored(rng.standard_normal((shape.r, shape.k), dtype=np.float32)), factor),
             "bias": (rng.standard_normal(shape.n, dtype=np.float32), TensorProto.FLOAT),
         }
+        if values == "int8":
+            scales = rng.uniform(0.02, 0.05, (shape.n, -(-shape.k // 64))).astype(np.float16)
+            layer["scales"] = (scales, TensorProto.FLOAT16)
         weights += [tensor(f"{name}{i}", array, kind) for name, (array, kind) in layer.items()]
         inputs = ["X", *(f"{name}{i}" for name in layer)]
         nodes.append(
@@ -192,7 +198,7 @@ def engines(shape: Shape, values: Sequence[str], kernels: Sequence[str], threads
     session = open_session(dense_model(shape, copies), threads)
     made.append(Engine("ort", "f32", "dense", size, copies, session.io_binding(), session))
     for dtype in values:
-        size = shape.stored_bytes({"f32": 4, "bf16": 2}[dtype])
+        size = shape.stored_bytes(dtype)
         copies = max(2, round(ROTATED_BYTES / size + 0.5))
         model = sparse_model(shape, dtype, copies)
         for kernel in kernels:
@@ -269,7 +275,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--budget", type=float, default=0.5, help="parameters kept: (nnz + r (N + K)) / (N K)")
     parser.add_argument("--m", type=int, nargs="+", default=[1], help="tokens")
-    parser.add_argument("--values", nargs="+", choices=["f32", "bf16"], default=["f32", "bf16"])
+    parser.add_argument("--values", nargs="+", choices=["f32", "bf16", "int8"], default=["f32", "bf16"])
     parser.add_argument("--kernels", nargs="+", default=[library.kernel_name()], help="avx512 avx2 portable")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=30, help="turns")

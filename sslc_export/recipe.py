@@ -49,7 +49,9 @@ class CompressRecipe(_Recipe):
         description="fisher: layers share the budget by how much the model's output depends on them; uniform: the "
         "same for each",
     )
-    values_dtype: Literal["f32", "bf16"] = Field("f32", description="type of the stored values, U and V")
+    values_dtype: Literal["f32", "bf16", "int8"] = Field(
+        "f32", description="type of the stored values, U and V; with int8 values, U and V are bf16"
+    )
     rank_share: float | None = Field(
         _DEFAULT.rank_share,
         ge=0,

@@ -22,6 +22,7 @@ class PreparedLayer {
  private:
   const TypeKernels& of_type() const;
   void forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const;
+  void forward_int8(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_many(const float* x, int64_t M, float* y, const Parallel& parallel) const;
 
   Layer layer_{};

@@ -13,6 +13,7 @@ using Vec = __m256;
 constexpr int kLanes = 8;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec all(float value) { return _mm256_set1_ps(value); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
@@ -30,6 +31,7 @@ inline float sum(Vec v) {
 struct Shuffles {
   alignas(32) int32_t f32[256][8];    // lane i takes value [i], or none where negative
   alignas(16) uint8_t bf16[256][16];  // byte i takes byte [i], or 0 where the top bit is set
+  alignas(8) uint8_t int8[256][8];    // likewise
 };
 
 constexpr Shuffles make_shuffles() {
@@ -38,6 +40,7 @@ constexpr Shuffles make_shuffles() {
     for (int i = 0, next = 0; i < 8; ++i) {
       const bool stored = (mask >> i & 1) != 0;
       t.f32[mask][i] = stored ? next : INT32_MIN;
+      t.int8[mask][i] = static_cast<uint8_t>(stored ? next : 0x80);
       t.bf16[mask][2 * i] = static_cast<uint8_t>(stored ? 2 * next : 0x80);
       t.bf16[mask][2 * i + 1] = static_cast<uint8_t>(stored ? 2 * next + 1 : 0x80);
       next += stored;
@@ -92,6 +95,33 @@ struct Bf16 {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi16(bits), high));
   }
   static constexpr int rows(int M) { return M == 2 ? 4 : 3; }
+};
+
+struct Int8 {
+  using Wide = __m256i;
+  static constexpr int kParts = 4;
+  static __m128i load8(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+  static __m128i expand8(uint64_t mask, const uint8_t* p) {
+    return _mm_shuffle_epi8(load8(p), load8(kShuffles.int8[mask & 255]));
+  }
+  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      const uint64_t before = part == 0 ? 0 : mask << (kBlock - 16 * part), here = mask >> (16 * part);
+      const uint8_t* next = p + count_bits(before);
+      const __m128i low = expand8(here, next), high = expand8(here >> 8, next + count_bits(here & 255));
+      w[part] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(low, high));
+    }
+  }
+  static Vec dot(const Wide* w, const int16_t* q) {
+    const auto products = [&](int part) {
+      return _mm256_madd_epi16(w[part], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 16 * part)));
+    };
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(products(0), products(1)),
+                                               _mm256_add_epi32(products(2), products(3))));
+  }
+  static void widen(const uint8_t* p, int count, float* scales) { widen_halves(p, count, scales); }
+  static constexpr int rows(int M) { return M == 2 ? 4 : 2; }
 };
 
 // 16 registers: rows(M) * M sums and a weight vector per row; kTileColumns / 8 sums and a weight.

@@ -1,4 +1,4 @@
-// AVX-512: F, BW, VL, DQ and VBMI2, that is Ice Lake, Zen 4 and later.
+// AVX-512: F, BW, VL, DQ, VBMI2 and VNNI, that is Ice Lake, Zen 4 and later.
 #include <immintrin.h>
 
 #include <utility>
@@ -12,6 +12,7 @@ using Vec = __m512;
 constexpr int kLanes = 16;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec all(float value) { return _mm512_set1_ps(value); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -69,6 +70,25 @@ struct Bf16 {
     int16_t bits;
     __builtin_memcpy(&bits, p, 2);
     return odd(_mm512_set1_epi16(bits));
+  }
+  static constexpr int rows(int) { return 4; }
+};
+
+struct Int8 {
+  using Wide = __m512i;
+  static constexpr int kParts = 2;
+  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
+    const __m512i v = _mm512_mask_expand_epi8(fresh_zero(), static_cast<__mmask64>(mask), _mm512_loadu_si512(p));
+    w[0] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(v));
+    w[1] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(v, 1));
+  }
+  // A lane adds four products, at most 2^24 in all, which float32 holds exactly.
+  static Vec dot(const Wide* w, const int16_t* q) {
+    const __m512i sums = _mm512_dpwssd_epi32(_mm512_setzero_si512(), w[0], _mm512_loadu_si512(q));
+    return _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(sums, w[1], _mm512_loadu_si512(q + 32)));
+  }
+  static void widen(const uint8_t* p, int count, float* scales) {
+    _mm512_store_ps(scales, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p)));
   }
   static constexpr int rows(int) { return 4; }
 };

@@ -11,6 +11,7 @@ typedef int32_t Lanes __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 
 inline Vec zero() { return Vec{}; }
+inline Vec all(float value) { return Vec{value, value, value, value}; }
 inline Vec load(const float* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -89,6 +90,27 @@ struct Type {
     const float value = value_at<Size>(p);
     return Vec{value, value, value, value};
   }
+  static constexpr int rows(int) { return 1; }
+};
+
+struct Int8 {
+  struct Wide {
+    int16_t column[kBlock];
+  };
+  static constexpr int kParts = 1;
+  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
+    *w = {};
+    for (; mask != 0; mask &= mask - 1) w->column[__builtin_ctzll(mask)] = static_cast<int8_t>(*p++);
+  }
+  static Vec dot(const Wide* w, const int16_t* q) {
+    int32_t sums[kLanes] = {};
+    for (int k = 0; k < kBlock; k += 2 * kLanes)
+      for (int i = 0; i < kLanes; ++i)
+        sums[i] += w->column[k + 2 * i] * q[k + 2 * i] + w->column[k + 2 * i + 1] * q[k + 2 * i + 1];
+    return Vec{static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2]),
+               static_cast<float>(sums[3])};
+  }
+  static void widen(const uint8_t* p, int count, float* scales) { widen_halves(p, count, scales); }
   static constexpr int rows(int) { return 1; }
 };
 

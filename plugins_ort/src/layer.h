@@ -10,9 +10,11 @@
 
 namespace sslc {
 
-enum class Dtype : int32_t { f32 = 1, bf16 = 16 };  // ONNX's numbers (TensorProto.DataType)
+enum class Dtype : int32_t { f32 = 1, i8 = 3, bf16 = 16 };  // ONNX's numbers (TensorProto.DataType)
 
-static constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+// Bytes of one value of S, and of one of U and V, which are bfloat16 beside int8 values.
+static constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
+static constexpr int64_t factor_size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 constexpr int64_t kBlock = 64;  // columns under one 64-bit word of the bitmap
 constexpr int64_t kPanel = 64;  // most rows per call of the many-token kernels
@@ -34,6 +36,18 @@ static inline float load_f32(const uint8_t* p) {
   return value;
 }
 
+// float16 to float32, for `count` finite numbers that are not negative.
+static inline void widen_halves(const uint8_t* p, int count, float* out) {
+  for (int i = 0; i < count; ++i) {
+    uint16_t half;
+    __builtin_memcpy(&half, p + 2 * i, 2);
+    const uint32_t bits = (uint32_t{half} << 13) + 0x38000000u;
+    float normal;
+    __builtin_memcpy(&normal, &bits, 4);
+    out[i] = half < 0x400 ? static_cast<float>(half) * 0x1p-24f : normal;
+  }
+}
+
 // Borrowed pointers, aligned to nothing in particular: they point into a mapped file.
 struct Layer {
   Dtype dtype;
@@ -41,6 +55,7 @@ struct Layer {
   int64_t words;             // 64-bit words per row of the bitmap
   const uint8_t* bitmap;     // [N, words], bit k of a row says that S[n, k] is stored
   const uint8_t* values;     // stored entries of S, row by row
+  const uint8_t* scales;     // [N, words] f16: what the int8 values under one word are multiplied with; else nullptr
   const uint8_t* U;          // [N, r]
   const uint8_t* V;          // [r, K]
   const uint8_t* bias;       // [N] f32
@@ -69,11 +84,22 @@ struct TypeKernels {
                     int64_t M, float* y);
 };
 
+// What one instruction set provides for int8 values, beside the kernels of bf16, which U and V are.
+//
+// Activations are rounded to 16 bits, token by token: x = scale * q with |q| <= 32767. Sums of q times a value are exact
+// within a block of 64 columns. q lies block by block: the 64 columns of the first token, those of the next, ...
+struct Int8Kernels {
+  void (*quantize)(const float* x, int64_t M, int64_t K, int64_t padded, int16_t* q, float* scales);
+  void (*rows)(const Layer&, int64_t begin, int64_t end, const int16_t* q, const float* scales, const float* t,
+               int64_t M, float* y);
+};
+
 struct Kernels {
   const char* name;
   int64_t few;      // up to this many tokens the few-token kernels are faster (docs/kernel-cpu.md)
   int64_t columns;  // the widest tile of the many-token kernels
   TypeKernels f32, bf16;
+  Int8Kernels int8;
   // Rows [begin, end) of x^T, from x [M, K]; columns beyond M are zero.
   void (*transpose)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t M, int64_t columns, float* xT);
   int64_t (*popcount)(const uint8_t* words, int64_t count);  // bits set in `count` 64-bit words

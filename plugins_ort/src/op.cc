@@ -98,10 +98,15 @@ class Kernel {
                  U = weight(info, 3, "U", 2), V = weight(info, 4, "V", 2), bias = weight(info, 5, "bias", 1);
 
     // The types of X, bitmap and bias are declared (make_op), and checked by the runtime.
-    if (values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)
+    const bool int8 = values.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    if (!int8 && values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
+        values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)
       fail("values have ONNX element type " + std::to_string(values.type) +
-           "; float32 (1) and bfloat16 (16) are known");
-    if (U.type != values.type || V.type != values.type) fail("values, U and V are not of one type");
+           "; float32 (1), int8 (3) and bfloat16 (16) are known");
+    const ONNXTensorElementDataType factors = int8 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 : values.type;
+    if (U.type != factors || V.type != factors)
+      fail(int8 ? "U and V are not bfloat16, which they must be beside int8 values"
+                : "values, U and V are not of one type");
 
     Layer layer{};
     layer.dtype = static_cast<Dtype>(values.type);
@@ -117,6 +122,14 @@ class Kernel {
     layer.U = static_cast<const uint8_t*>(U.data);
     layer.V = static_cast<const uint8_t*>(V.data);
     layer.bias = static_cast<const uint8_t*>(bias.data);
+    if (int8) {
+      const Tensor scales = weight(info, 6, "scales", 2);
+      expect(scales, "scales", {layer.N, layer.words});
+      layer.scales = static_cast<const uint8_t*>(scales.data);
+      check_scales(scales);
+    } else if (constant_input(info, 6) != nullptr) {
+      fail("scales are given, but the values are not int8");
+    }
 
     std::string error;
     const Kernels* chosen = kernels(&error);
@@ -196,17 +209,32 @@ class Kernel {
     if (layout != "rows64") fail("layout '" + layout + "'; this library knows 'rows64'");
   }
 
-  Tensor weight(const OrtKernelInfo* info, size_t index, const char* name, size_t rank) const {
+  // nullptr for an input that is absent or not constant.
+  const OrtValue* constant_input(const OrtKernelInfo* info, size_t index) const {
     int constant = 0;
     const OrtValue* value = nullptr;
     ort_.check(ort_->KernelInfoGetConstantInput_tensor(info, index, &constant, &value));
-    if (constant == 0 || value == nullptr)
-      fail(std::string(name) + " is computed in the graph or fed; it must be a constant initializer");
+    return constant == 0 ? nullptr : value;
+  }
+
+  Tensor weight(const OrtKernelInfo* info, size_t index, const char* name, size_t rank) const {
+    const OrtValue* value = constant_input(info, index);
+    if (value == nullptr)
+      fail(std::string(name) + (index == 6 ? " is absent, computed" : " is computed") +
+           " in the graph or fed; it must be a constant initializer");
     Tensor tensor = tensor_of(ort_, value);
     if (tensor.dims.size() != rank)
       fail(std::string(name) + " is " + shape_text(tensor.dims) + ", which has not " + std::to_string(rank) +
            " dimensions");
     return tensor;
+  }
+
+  void check_scales(const Tensor& scales) const {
+    for (int64_t i = 0; i < scales.size(); ++i) {
+      uint16_t half;
+      std::memcpy(&half, static_cast<const uint8_t*>(scales.data) + 2 * i, 2);
+      if (half >= 0x7c00) fail("scale " + std::to_string(i) + " is negative or not finite");
+    }
   }
 
   void expect(const Tensor& tensor, const char* name, const std::vector<int64_t>& dims) const {
@@ -224,20 +252,23 @@ OrtCustomOp make_op() {
   op.version = kOrtApiVersion;
   op.GetName = [](const OrtCustomOp*) { return kOp; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return 6; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return 7; };
   op.GetInputType = [](const OrtCustomOp*, size_t index) {
     switch (index) {
       case 1: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
       case 2:
       case 3:
       case 4: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // any; Kernel checks them
+      case 6: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
       default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     }
   };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
   op.GetOutputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op.GetOutputCharacteristic = op.GetInputCharacteristic;
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
+    return index == 6 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;  // scales
+  };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = op.GetVariadicInputMinArity;

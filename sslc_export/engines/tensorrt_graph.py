@@ -116,10 +116,10 @@ class _Weights:
 
 def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> PluginNode:
     """Replaces a node's inputs and attributes by the plugin's."""
-    given = {name: node.inputs[i] for i, name in enumerate(names.INPUTS)}
+    given = {name: node.inputs[i] for i, name in enumerate(names.INPUTS[: len(node.inputs)])}
     array = {name: value.const_value.numpy() for name, value in given.items() if name != "X"}  # type: ignore[union-attr]
     in_features = array["V"].shape[1]
-    layout, reason = pack.choose_layout(array["bitmap"], in_features)
+    layout, reason = pack.choose_layout(array["bitmap"], in_features, int8="scales" in array)
     layer = pack.pack_layer(
         array["bitmap"],
         array["values"],
@@ -129,6 +129,7 @@ def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> Plugin
         in_features=in_features,
         type=type,
         layout=layout,
+        scales=array.get("scales"),
         name=str(node.name),
     )
     inputs = [given["X"]]

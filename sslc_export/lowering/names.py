@@ -5,7 +5,7 @@ DOMAIN = "sslc"
 OP_TYPE = "LowRankSparseLinear"
 VERSION = 1
 LAYOUT = "rows64"
-INPUTS = ("X", "bitmap", "values", "U", "V", "bias")
+INPUTS = ("X", "bitmap", "values", "U", "V", "bias", "scales")  # the last only with int8 values
 
 # Keys of the model's metadata, and what their values mean.
 FORMAT_VERSION_KEY = "sslc.format_version"

@@ -54,6 +54,36 @@ def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, l
     return Y  # noqa: RET504 - the name becomes the output's
 
 
+@onnxscript.script(_OPSET, default_opset=op)
+def _with_scales(X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT):
+    """Y = X · (S + U·V)ᵀ + bias, S being a bitmap, int8 values and one scale per row and aligned 64 columns."""
+    # As above, but for S at the end. (A function cannot ask whether an input is there, hence two of them.)
+    N = op.Shape(bias)
+    K = op.Shape(V, start=1)
+    all_rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
+    bits = op.BitwiseAnd(op.Unsqueeze(bitmap, op.Constant(value_ints=[-1])), op.Constant(value=_BIT_MASKS))
+    padded = op.Reshape(op.Cast(bits, to=onnx.TensorProto.BOOL), all_rows)
+    mask = op.Slice(padded, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
+    stored = op.Cast(op.Reshape(mask, op.Constant(value_ints=[-1])), to=onnx.TensorProto.INT32)
+
+    position = op.CumSum(stored, op.Constant(value_int=0)) * stored
+    with_zero = op.Concat(op.Constant(value_floats=[0.0]), op.Cast(values, to=onnx.TensorProto.FLOAT), axis=0)
+    integers = op.Reshape(op.Gather(with_zero, position), all_rows)
+
+    # Each scale serves 64 columns; the last of a row perhaps fewer.
+    wide = op.Unsqueeze(op.Cast(scales, to=onnx.TensorProto.FLOAT), op.Constant(value_ints=[-1]))
+    columns = op.Reshape(op.Expand(wide, op.Constant(value_ints=[1, 1, 64])), all_rows)
+    of_column = op.Slice(columns, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
+    S = integers * of_column
+
+    x = op.Reshape(X, op.Concat(op.Constant(value_ints=[-1]), K, axis=0))
+    t = op.Gemm(x, op.Cast(V, to=onnx.TensorProto.FLOAT), transB=1)
+    low_rank = op.Gemm(t, op.Cast(U, to=onnx.TensorProto.FLOAT), bias, transB=1)
+    y = op.Gemm(x, S, low_rank, transB=1)
+    Y = op.Reshape(y, op.Concat(op.Shape(X, end=-1), N, axis=0), allowzero=1)
+    return Y  # noqa: RET504 - the name becomes the output's
+
+
 _input, _attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
 _SCHEMA = onnx.defs.OpSchema(
     OP_TYPE,
@@ -64,12 +94,16 @@ _SCHEMA = onnx.defs.OpSchema(
         _input("X", "tensor(float)"),
         _input("bitmap", "tensor(int32)"),
         _input("values", "T"),
-        _input("U", "T"),
-        _input("V", "T"),
+        _input("U", "TFactor"),
+        _input("V", "TFactor"),
         _input("bias", "tensor(float)", param_option=onnx.defs.OpSchema.FormalParameterOption.Optional),
+        _input("scales", "tensor(float16)", param_option=onnx.defs.OpSchema.FormalParameterOption.Optional),
     ],
     outputs=[_input("Y", "tensor(float)")],
-    type_constraints=[("T", ["tensor(float)", "tensor(bfloat16)"], "the stored type of the weights")],
+    type_constraints=[
+        ("T", ["tensor(float)", "tensor(bfloat16)", "tensor(int8)"], "the stored type of the values"),
+        ("TFactor", ["tensor(float)", "tensor(bfloat16)"], "that of U and V: T, or bfloat16 where T is int8"),
+    ],
     attributes=[
         _attribute("version", onnx.defs.OpSchema.AttrType.INT, required=False),
         _attribute("layout", onnx.defs.OpSchema.AttrType.STRING, required=False),
@@ -81,6 +115,14 @@ _SCHEMA = onnx.defs.OpSchema(
 node = onnxscript.values.Op(_OPSET, OP_TYPE, _SCHEMA)
 
 
-def function_body() -> onnx.FunctionProto:
-    """The operator as a model-local function: what runs where our library is not loaded."""
-    return LowRankSparseLinear.to_function_proto()
+def function_body(scales: bool = False) -> onnx.FunctionProto:
+    """The operator as a model-local function: what runs where our library is not loaded.
+
+    Args:
+        scales: For nodes with int8 values, which have scales, rather than for those without.
+    """
+    if not scales:
+        return LowRankSparseLinear.to_function_proto()
+    body = _with_scales.to_function_proto()
+    body.name = OP_TYPE
+    return body

@@ -89,8 +89,9 @@ def trace(model: PreTrainedModel, checkpoint: Checkpoint) -> ir.Model:
     return program.model
 
 
-def _translate(x: Any, bitmap: Any, values: Any, U: Any, V: Any, bias: Any = None) -> Any:
-    return op.node(x, bitmap, values, U, V, bias, version=names.VERSION, layout=names.LAYOUT)
+def _translate(x: Any, bitmap: Any, values: Any, U: Any, V: Any, bias: Any = None, scales: Any = None) -> Any:
+    inputs = (x, bitmap, values, U, V, bias) + (() if scales is None else (scales,))
+    return op.node(*inputs, version=names.VERSION, layout=names.LAYOUT)
 
 
 def _fake_weights(model: nn.Module) -> None:

@@ -29,9 +29,10 @@ _TYPES = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
     "I32": ir.DataType.INT32,
+    "I8": ir.DataType.INT8,
 }
 # Inputs of our operator that stay in their stored type; its bias is float32 (docs/architecture.md).
-_STORED_TYPE_INPUTS = tuple(names.INPUTS.index(name) for name in ("values", "U", "V"))
+_STORED_TYPE_INPUTS = tuple(names.INPUTS.index(name) for name in ("values", "U", "V", "scales"))
 
 
 def attach(model: ir.Model, checkpoint: Checkpoint, folder: Path, locations: Mapping[Path, str]) -> None:

@@ -49,7 +49,7 @@ def test_options_out_of_range_are_the_users_error(wrong):
     K=st.integers(1, 3000),
     budget=st.floats(0.001, 1.0),
     unit=st.sampled_from(["bytes", "params"]),
-    dtype=st.sampled_from(["f32", "bf16"]),
+    dtype=st.sampled_from(["f32", "bf16", "int8"]),
     share=st.floats(0, 1),
     rank=st.sampled_from([None, 0, 16, 5000]),
     bias_bytes=st.sampled_from([0, 4]),
@@ -91,7 +91,7 @@ def test_stored_bytes_are_the_bytes_of_the_tensors():
 @pytest.mark.parametrize(
     ("N", "K", "options", "reason"),
     [
-        (64, 8, {"budget": 0.2}, "bitmap alone"),
+        (64, 8, {"budget": 0.2}, "says where they are"),
         (64, 64, {"budget": 1.0}, "no fewer bytes"),
         (64, 64, {"budget": 0.99, "budget_in": "params"}, "no fewer bytes"),
         (64, 64, {"budget": 0.5, "rank": 60}, "rank 60"),
@@ -105,3 +105,11 @@ def test_the_rank_share_splits_the_room_for_values():
     plan = plan_layer(1000, 1000, CompressOptions(budget=0.5, budget_in="params", rank_share=0.2))
     assert plan.rank == 50
     assert plan.nnz == 500_000 - 50 * 2000
+
+
+def test_stored_bytes_with_int8_values_count_scales_and_factors_of_two_bytes():
+    S = torch.randn(7, 100).to(torch.int8)
+    bitmap, values = pack(S, torch.rand(7, 100) < 0.5)
+    factors = (torch.zeros(7, 3).bfloat16(), torch.zeros(3, 100).bfloat16(), torch.zeros(7, 2).half())
+    size = sum(tensor.numel() * tensor.itemsize for tensor in (bitmap, values, *factors))
+    assert stored_bytes(7, 100, len(values), 3, 1) == size

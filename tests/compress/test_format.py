@@ -348,3 +348,45 @@ def test_a_missing_tensor_is_the_readers_error_too(compressed):
 def test_a_folder_is_read_from_anywhere(compressed, tmp_path):
     moved = shutil.move(compressed, tmp_path / "moved")
     Checkpoint.open(str(moved)).verify()
+
+
+def as_int8(tensors):
+    """Turns a layer into one with int8 values."""
+    tensors[f"{LAYER}.values"] = tensors[f"{LAYER}.values"].clamp(-1, 1).mul(127).to(torch.int8)
+    shape = len(tensors[f"{LAYER}.U"]), tensors[f"{LAYER}.bitmap"].shape[1] // 2
+    tensors[f"{LAYER}.scales"] = torch.full(shape, 0.01).half()
+    for part in ("U", "V"):
+        tensors[f"{LAYER}.{part}"] = tensors[f"{LAYER}.{part}"].bfloat16()
+
+
+SCALES = f"{LAYER}.scales"
+INT8_DAMAGE = {
+    "none": (lambda t: t.pop(SCALES), ("scales is missing", "int8")),
+    "another shape": (lambda t: t.update({SCALES: t[SCALES][:, :0].clone()}), ("scales is wrong", "F16")),
+    "another type": (lambda t: t.update({SCALES: t[SCALES].float()}), ("scales is wrong", "F32")),
+    "negative": (lambda t: t[SCALES][0].neg_(), ("negative scales", "0 or more")),
+    "infinite": (lambda t: t[SCALES][0].fill_(float("inf")), ("NaN or infinite",)),
+    "float values": (lambda t: t.update({f"{LAYER}.values": t[f"{LAYER}.values"].bfloat16()}), ("not int8",)),
+    "float factors": (lambda t: t.update({f"{LAYER}.U": t[f"{LAYER}.U"].float()}), ("another type", "BF16")),
+}
+
+
+def add_to_index(folder):
+    edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({SCALES: BLOCK}))
+
+
+def test_int8_values_with_scales_are_read(compressed):
+    edit_tensors(compressed, as_int8)
+    add_to_index(compressed)
+    checkpoint = Checkpoint.open(compressed)
+    checkpoint.verify()
+    assert checkpoint.layers[LAYER].dtype == "I8"
+
+
+@pytest.mark.parametrize("damage", INT8_DAMAGE)
+def test_scales_that_do_not_fit_their_values_are_refused(compressed, damage):
+    change, words = INT8_DAMAGE[damage]
+    edit_tensors(compressed, lambda tensors: (as_int8(tensors), change(tensors)))
+    if damage != "none":
+        add_to_index(compressed)
+    rejected(compressed, *words)

@@ -52,6 +52,28 @@ def test_a_stored_zero_is_stored():
     assert values.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("N", "K", "r"), [(1, 1, 0), (5, 63, 2), (33, 65, 16), (64, 200, 64)])
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+def test_forward_with_int8_values_is_the_formula(N, K, r, density):
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(N, K, generator=g) < density
+    Q = torch.randint(-128, 128, (N, K), generator=g).to(torch.int8) * mask
+    scales = torch.rand(N, (K + 63) // 64, generator=g).half()
+    U, V = torch.randn(N, r, generator=g).bfloat16(), torch.randn(r, K, generator=g).bfloat16()
+    bias, x = torch.randn(N, generator=g), torch.randn(2, 3, K, generator=g)
+    layer = LowRankSparseLinear.from_parts(*pack(Q, mask), U, V, bias, scales)
+    S = Q.double() * scales.double()[:, torch.arange(K) // 64]
+    W = S + U.double() @ V.double()
+    # float32 sums of up to 200 terms: a relative 1e-5 of their sizes.
+    size = x.double().abs() @ (S.abs() + U.double().abs() @ V.double().abs()).T + bias.abs()
+    y = layer(x)
+    assert ((y - (x.double() @ W.T + bias)).abs() <= 1e-5 * size).all()
+    # bfloat16 products of U and V
+    torch.testing.assert_close(layer.weight.double(), W, rtol=0.01, atol=0.01 * float(W.abs().max() + 1e-9))
+    keep_decoded(layer)
+    assert torch.equal(layer(x), y)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K", "r"), [(1, 1, 0), (5, 63, 2), (7, 64, 0), (33, 65, 16), (64, 200, 64)])
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])

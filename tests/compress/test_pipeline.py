@@ -29,7 +29,7 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("values_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("values_dtype", ["f32", "bf16", "int8"])
 def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tokens, monkeypatch, family, values_dtype):
     """Hidden states that calibration saw after the last block are, bit for bit, those of the reloaded model."""
     source, out, last = save_tiny(tmp_path / "source", family), tmp_path / "out", []
@@ -45,7 +45,8 @@ def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tok
     compressed = [module for module in model.modules() if isinstance(module, LowRankSparseLinear)]
     assert len(compressed) == len(report.layers) == 3 * LINEARS[family]
     assert all(
-        layer.values.dtype == {"f32": torch.float32, "bf16": torch.bfloat16}[values_dtype] for layer in compressed
+        layer.values.dtype == {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[values_dtype]
+        for layer in compressed
     )
 
     seen = []
@@ -108,6 +109,23 @@ def test_layers_with_one_input_share_its_gram_matrix(tiny_llama, tmp_path, token
     assert torch.equal(q.held_out, normed[6:].flatten(0, 1))
     X = normed[:6].flatten(0, 1).double()
     assert torch.allclose(q.gram.double(), X.T @ X / len(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["hassle_free", "alps"])
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_int8_values_keep_the_budget_with_their_scales(tmp_path, tiny_llama, tokens, method, allocation):
+    out = tmp_path / "out"
+    options = CompressOptions(method=method, allocation=allocation, values_dtype="int8", budget=0.7)
+    report = compress_model(tiny_llama, out, options, tokens=tokens)
+    checkpoint = Checkpoint.open(out)
+    checkpoint.verify()
+    for row in report.layers:
+        if row.dense_reason:
+            continue
+        names = [f"{row.name}.{part}" for part in ("bitmap", "values", "scales", "U", "V")]
+        assert row.bytes == sum(checkpoint.tensors[name].length for name in names)
+        assert 0 < row.error < 1
+    assert report.budget_in_bytes <= 0.7
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -19,7 +19,7 @@ TOLERANCE = 8 * ROUNDING
 
 @dataclass(frozen=True)
 class RandomLayer:
-    """Weights in float64 and as stored; `element` is the ONNX element type (1 float32, 16 bfloat16)."""
+    """Weights in float64 and as stored; `element` is the ONNX element type (1 float32, 3 int8, 16 bfloat16)."""
 
     element: int
     S: np.ndarray
@@ -33,12 +33,23 @@ class RandomLayer:
         x64 = x.astype(np.float64)
         y = x64 @ self.S.T + (x64 @ self.V.T) @ self.U.T + self.bias
         size = np.abs(x64) @ np.abs(self.S).T + (np.abs(x64) @ np.abs(self.V).T) @ np.abs(self.U).T + np.abs(self.bias)
-        return y, TOLERANCE * size
+        bound = TOLERANCE * size
+        if self.element == 3:
+            # Activations are rounded to 16 bits of the token's largest: half a step each, and 1 % for what is rounded
+            # on the way to it.
+            step = np.abs(x64).max(axis=1, initial=0) / 32767
+            bound += 1.01 * 0.5 * step[:, None] * np.abs(self.S).sum(axis=1)
+        return y, bound
 
 
 def bf16_bits(array: np.ndarray) -> np.ndarray:
     """The upper half of each float32, which is bfloat16 for values that fit."""
     return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
+    """The float32 numbers with these upper halves."""
+    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
 
 
 def random_layer(N: int, K: int, r: int, density: float, dtype: str, seed: int = 0) -> RandomLayer:
@@ -48,20 +59,41 @@ def random_layer(N: int, K: int, r: int, density: float, dtype: str, seed: int =
     S, U, V = (rng.standard_normal(shape).astype(np.float32) for shape in [(N, K), (N, r), (r, K)])
     S[~kept | (rng.random((N, K)) < 1 / 8)] = 0
     bias = rng.standard_normal(N).astype(np.float32)
+    scales, S_int8 = random_scales(S, rng)
+    if dtype == "int8":
+        S = S_int8 * scales.astype(np.float32).repeat(64, axis=1)[:, :K]
+    if dtype != "f32":
+        U, V = (from_bf16_bits(bf16_bits(array)) for array in (U, V))
     if dtype == "bf16":
-        S, U, V = (((bf16_bits(a).astype(np.uint32)) << 16).view(np.float32).reshape(a.shape) for a in (S, U, V))
+        S = from_bf16_bits(bf16_bits(S))
     bits = np.zeros((N, -(-K // 64) * 64), dtype=bool)
     bits[:, :K] = kept
-    store = bf16_bits if dtype == "bf16" else np.ascontiguousarray
+    store = np.ascontiguousarray if dtype == "f32" else bf16_bits
     stored = {
         "bitmap": np.packbits(bits, axis=1, bitorder="little").view(np.int32),
-        "values": store(S[kept]),
+        "values": S_int8[kept] if dtype == "int8" else store(S[kept]),
         "U": store(U),
         "V": store(V),
         "bias": bias,
     }
+    if dtype == "int8":
+        stored["scales"] = scales
     wide = (array.astype(np.float64) for array in (S, U, V, bias))
-    return RandomLayer(16 if dtype == "bf16" else 1, *wide, stored=stored)
+    return RandomLayer({"f32": 1, "int8": 3, "bf16": 16}[dtype], *wide, stored=stored)
+
+
+def random_scales(S: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Float16 scales [N, ⌈K/64⌉] of many sizes, and S rounded to int8; some blocks use -128, and some have scale 0."""
+    N, K = S.shape
+    words = -(-K // 64)
+    padded = np.zeros((N, 64 * words), np.float32)
+    padded[:, :K] = S
+    blocks = padded.reshape(N, words, 64)
+    # Down to 1e-7, where float16 is subnormal.
+    scales = np.where(rng.random((N, words)) < 1 / 16, 0, 10.0 ** rng.uniform(-7, 0, (N, words))).astype(np.float16)
+    largest = np.abs(blocks).max(axis=2, keepdims=True, initial=1e-30)
+    rounded = np.rint(blocks / largest * 128).clip(-128, 127).astype(np.int8)
+    return scales, rounded.reshape(N, 64 * words)[:, :K]
 
 
 class GuardedArray:

@@ -16,7 +16,13 @@ from .layers import RandomLayer
 
 WEIGHTS = ("bitmap", "values", "U", "V", "bias")
 ATTRIBUTES: Mapping[str, object] = {"version": 1, "layout": "rows64"}
-_ELEMENTS = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "uint16": TensorProto.BFLOAT16}
+_ELEMENTS = {
+    "int32": TensorProto.INT32,
+    "float32": TensorProto.FLOAT,
+    "int8": TensorProto.INT8,
+    "float16": TensorProto.FLOAT16,
+    "uint16": TensorProto.BFLOAT16,
+}
 
 
 def model_of(
@@ -32,11 +38,12 @@ def model_of(
         name: helper.make_tensor(name, _ELEMENTS[array.dtype.name], array.shape, array.tobytes(), raw=True)
         for name, array in stored.items()
     }
+    weights = [*WEIGHTS, "scales"] if "scales" in tensors else WEIGHTS
     N = len(layer.S)
     inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, ["batch", "tokens", None])]
     inputs += [helper.make_tensor_value_info(name, tensors[name].data_type, tensors[name].dims) for name in fed]
     graph = helper.make_graph(
-        [helper.make_node("LowRankSparseLinear", ["X", *WEIGHTS], ["Y"], "layer.7", domain="sslc", **attributes)],
+        [helper.make_node("LowRankSparseLinear", ["X", *weights], ["Y"], "layer.7", domain="sslc", **attributes)],
         "one_layer",
         inputs,
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["batch", "tokens", N])],

@@ -16,6 +16,7 @@ from plugins_ort import library
 
 from .layers import GuardedArray, RandomLayer, random_layer
 
+DTYPES = ("f32", "bf16", "int8")
 KERNELS = ("avx512", "avx2", "portable")
 TOKENS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 96, 97, 130)
 SHAPES = (  # N, K, r
@@ -61,7 +62,7 @@ class NativeLayer:
             address["bitmap"],
             address["values"],
             layer.stored["values"].size,
-            *(address[name] for name in ("U", "V", "bias")),
+            *(address.get(name) for name in ("U", "V", "bias", "scales")),
         )
         error = library.last_error(self._lib)
         self._lib.sslc_set_kernel(b"")
@@ -95,7 +96,7 @@ def inputs(M: int, K: int, seed: int = 1) -> np.ndarray:
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize(("N", "K", "r"), SHAPES)
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_float64(kernel: str, dtype: str, N: int, K: int, r: int, density: float) -> None:
     layer = random_layer(N, K, r, density, dtype)
     x = inputs(max(TOKENS), K)
@@ -109,7 +110,7 @@ def test_agrees_with_float64(kernel: str, dtype: str, N: int, K: int, r: int, de
 @settings(max_examples=150, deadline=None)
 @given(
     kernel=st.sampled_from(available()),
-    dtype=st.sampled_from(["f32", "bf16"]),
+    dtype=st.sampled_from(DTYPES),
     N=st.integers(1, 90),
     K=st.integers(1, 300),
     r=st.integers(0, 80),
@@ -140,7 +141,7 @@ def rows_with(counts: list[int], K: int, dtype: str) -> RandomLayer:
     return RandomLayer(layer.element, np.where(kept, layer.S, 0), layer.U, layer.V, layer.bias, stored)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "counts",
     [[0, 0, 0, 200], [200, 0, 0, 0], [0] * 40 + [1], [200] + [0] * 40, [1] * 70, [0, 200] * 5 + [3], [200] * 9],
@@ -155,7 +156,7 @@ def test_empty_and_full_rows_lie_side_by_side(kernel: str, dtype: str, counts: l
             assert (np.abs(run(x[:M]) - expected[:M]) <= bound[:M]).all()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 5, 40])
 def test_memory_that_an_earlier_call_left_behind_does_not_matter(kernel: str, dtype: str, M: int) -> None:
     layer = random_layer(20, 70, 5, 0.5, dtype)  # K and r are padded: the padding must not be NaN
@@ -166,7 +167,7 @@ def test_memory_that_an_earlier_call_left_behind_does_not_matter(kernel: str, dt
         assert (np.abs(run(x) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 5, 40, 130])
 def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: str, M: int) -> None:
     with native(random_layer(700, 320, 100, 0.5, dtype), kernel) as run:
@@ -176,7 +177,7 @@ def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: str, M: int) -
             np.testing.assert_array_equal(one, run(x, threads=threads))
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_depends_on_its_neighbours_only_where_the_algorithm_changes(kernel: str, dtype: str) -> None:
     # One algorithm for one token, one for few, one for many: the result changes at most where the next one begins.
     with native(random_layer(70, 320, 33, 0.5, dtype), kernel) as run:
@@ -184,6 +185,43 @@ def test_a_token_depends_on_its_neighbours_only_where_the_algorithm_changes(kern
         results = [run(x[:M])[0].tobytes() for M in range(1, 131)]
     changes = sum(a != b for a, b in pairwise(results))
     assert changes <= 2
+
+
+@pytest.mark.parametrize("M", [1, 7, 100])
+def test_one_large_activation_leaves_int8_layers_exact_enough(kernel: str, M: int) -> None:
+    layer = random_layer(300, 1024, 16, 0.5, "int8")
+    x = inputs(M, 1024)
+    x[:, 77] = 50
+    expected, _ = layer.reference(x)
+    with native(layer, kernel) as run:
+        error = run(x) - expected
+    # Half a step of 50 / 32767 in each activation of size 1: 4e-4.
+    assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 2e-3
+
+
+@pytest.mark.parametrize("M", [1, 7])
+@pytest.mark.parametrize("value", [0.0, 1e-35, 1e-20, 1e30, np.inf, np.nan], ids=str)
+def test_int8_layers_take_activations_of_any_size(kernel: str, M: int, value: float) -> None:
+    layer = random_layer(20, 130, 0, 0.5, "int8")
+    x = np.full((M, 130), value, np.float32)
+    with native(layer, kernel) as run:
+        y = run(x)
+    if np.isfinite(value):
+        expected, bound = layer.reference(x)
+        assert (np.abs(y - expected) <= bound + 1e-30).all()  # below 1e-30 activations count as zero
+    else:
+        assert np.isnan(y).all()
+
+
+def test_int8_values_and_scales_come_together(kernel: str) -> None:
+    layer = random_layer(8, 70, 2, 0.5, "int8")
+    without = {name: array for name, array in layer.stored.items() if name != "scales"}
+    with pytest.raises(ValueError, match="int8 values need scales"):
+        NativeLayer(RandomLayer(3, layer.S, layer.U, layer.V, layer.bias, without), kernel)
+    wide = random_layer(8, 70, 2, 0.5, "f32")
+    both = {**wide.stored, "scales": layer.stored["scales"]}
+    with pytest.raises(ValueError, match="values that are not int8 have no scales"):
+        NativeLayer(RandomLayer(1, wide.S, wide.U, wide.V, wide.bias, both), kernel)
 
 
 def test_a_wrong_number_of_values_is_refused(kernel: str) -> None:

@@ -26,7 +26,7 @@ def tokens(*shape: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize(
     ("N", "K", "r", "density"),
     [(70, 130, 33, 0.5), (257, 576, 0, 0.5), (5, 64, 3, 0.0), (64, 63, 0, 0.0), (33, 128, 7, 1.0)],
@@ -43,7 +43,7 @@ def test_agrees_with_float64(dtype: str, N: int, K: int, r: int, density: float)
         assert (np.abs(y.reshape(-1, N) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
 def test_one_and_two_threads_give_the_same_bits(dtype: str) -> None:
     model = model_of(random_layer(900, 640, 96, 0.5, dtype))
     one, two = open_session(model, threads=1), open_session(model, threads=2)
@@ -98,6 +98,34 @@ def test_a_weight_that_is_not_constant_is_refused(name: str) -> None:
         open_session(model)
 
 
+def test_scales_that_are_not_constant_are_refused() -> None:
+    model = model_of(random_layer(8, 70, 2, 0.5, "int8"), fed=["scales"])
+    with pytest.raises(Exception, match=r"'layer.7': scales is absent, computed in the graph or fed"):
+        open_session(model)
+
+
+def test_int8_values_without_scales_are_refused() -> None:
+    layer = random_layer(8, 70, 2, 0.5, "int8")
+    del layer.stored["scales"]
+    with pytest.raises(Exception, match=r"'layer.7': scales is absent, computed in the graph or fed"):
+        open_session(model_of(layer))
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"scales": np.zeros((8, 1), np.float16)}, r"scales is \[8, 1\], but U and V ask for \[8, 2\]"),
+        ({"scales": np.full((8, 2), -1, np.float16)}, "scale 0 is negative or not finite"),
+        ({"scales": np.full((8, 2), np.inf, np.float16)}, "scale 0 is negative or not finite"),
+        ({"U": np.zeros((8, 2), np.float32)}, "U and V are not bfloat16"),
+    ],
+    ids=["shape", "negative", "infinite", "U"],
+)
+def test_int8_weights_that_disagree_are_refused(replaced: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        open_session(model_of(random_layer(8, 70, 2, 0.5, "int8"), replaced=replaced))
+
+
 LAYER = random_layer(8, 70, 2, 0.5, "f32")  # bitmap [8, 4], U [8, 2], V [2, 70]
 VALUES = LAYER.stored["values"]
 
@@ -113,10 +141,23 @@ VALUES = LAYER.stored["values"]
         ({"values": VALUES.astype(np.int32)}, "values have ONNX element type 6"),
         ({"V": np.zeros((3, 70), np.float32)}, r"V is \[3, 70\], but U and V ask for \[2, 70\]"),
         ({"V": np.zeros((2, 70), np.uint16)}, "values, U and V are not of one type"),
+        ({"scales": np.zeros((8, 2), np.float16)}, "scales are given, but the values are not int8"),
         ({"bias": np.zeros(7, np.float32)}, r"bias is \[7\], but U and V ask for \[8\]"),
         ({"U": np.zeros((0, 2), np.float32)}, r"bitmap is \[8, 4\], but U and V ask for \[0, 4\]"),
     ],
-    ids=["popcount", "padding bits", "bitmap", "bitmap type", "rank", "type", "V", "types", "bias", "no rows"],
+    ids=[
+        "popcount",
+        "padding bits",
+        "bitmap",
+        "bitmap type",
+        "rank",
+        "type",
+        "V",
+        "types",
+        "scales",
+        "bias",
+        "no rows",
+    ],
 )
 def test_weights_that_disagree_are_refused(replaced: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(Exception, match=message):

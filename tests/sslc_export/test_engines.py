@@ -62,10 +62,10 @@ def relative_l2(actual, expected):
     return np.linalg.norm(actual.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64))
 
 
-def assert_agree(engine, reference):
+def assert_agree(engine, reference, tolerance=TOLERANCE):
     for name, calls in SEQUENCES.items():
         error = relative_l2(logits_of(engine, calls), logits_of(reference, calls))
-        assert error <= TOLERANCE, f"{name}: {error}"
+        assert error <= tolerance, f"{name}: {error}"
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +105,7 @@ def test_engine_with_the_onnx_body_agrees_with_pytorch(family):
 
 VARIANTS = {
     "bfloat16 weights, compressed": ("qwen2", {"dtype": torch.bfloat16}),
+    "int8 values": ("qwen2", {"dtype": torch.int8}),
     "bfloat16 weights, dense": ("qwen2", {"dtype": torch.bfloat16, "compressed": False}),
     "float16 weights, dense, tied": (
         "llama",
@@ -135,7 +136,9 @@ def test_variants_agree_with_pytorch(variant):
     family, options = VARIANTS[variant]
     model = lowered(family, **{k: v if not isinstance(v, dict) else FrozenDict(v) for k, v in options.items()})
     for library in ("auto", "none"):
-        assert_agree(OnnxRuntimeEngine(model.path, library=library), model.torch_engine())
+        # The kernel of int8 values rounds activations to 16 bits: 2e-5 of their root mean square in each layer.
+        tolerance = 2e-4 if variant == "int8 values" and library == "auto" else TOLERANCE
+        assert_agree(OnnxRuntimeEngine(model.path, library=library), model.torch_engine(), tolerance)
 
 
 class FrozenDict(dict):

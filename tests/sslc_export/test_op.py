@@ -17,21 +17,30 @@ from sslc_export.lowering import names, op
 FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
 
+def stored_values(rng, count, dtype):
+    return rng.integers(-128, 128, count, dtype) if dtype is np.int8 else rng.standard_normal(count).astype(dtype)
+
+
 def random_layer(n, k, r, density, dtype, seed=0):
     """The operator's constant inputs, W = S + U·V in float64, and |S| + |U|·|V|, the size of what is summed."""
     rng = np.random.default_rng(seed)
+    factors = ml_dtypes.bfloat16 if dtype is np.int8 else dtype
     mask = rng.random((n, k)) < density
     padded = np.zeros((n, -(-k // 64) * 64), bool)
     padded[:, :k] = mask
     tensors = {
         "bitmap": np.packbits(padded, axis=1, bitorder="little").view("<i4"),
-        "values": rng.standard_normal(mask.sum()).astype(dtype),
-        "U": rng.standard_normal((n, r)).astype(dtype),
-        "V": rng.standard_normal((r, k)).astype(dtype),
+        "values": stored_values(rng, mask.sum(), dtype),
+        "U": rng.standard_normal((n, r)).astype(factors),
+        "V": rng.standard_normal((r, k)).astype(factors),
         "bias": rng.standard_normal(n).astype(np.float32),
     }
     S, U, V = np.zeros((n, k)), tensors["U"].astype(np.float64), tensors["V"].astype(np.float64)
     S[mask] = tensors["values"]
+    if dtype is np.int8:
+        scales = rng.uniform(0, 0.1, (n, -(-k // 64))).astype(np.float16)
+        S *= scales.astype(np.float64).repeat(64, axis=1)[:, :k]
+        tensors["scales"] = scales
     return tensors, S + U @ V, np.abs(S) + np.abs(U) @ np.abs(V)
 
 
@@ -43,7 +52,7 @@ def model_of(tensors, x_shape):
         [
             helper.make_node(
                 names.OP_TYPE,
-                list(names.INPUTS),
+                ["X", *tensors],
                 ["Y"],
                 domain=names.DOMAIN,
                 version=names.VERSION,
@@ -56,7 +65,9 @@ def model_of(tensors, x_shape):
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
     opsets = [helper.make_opsetid("", op.OPSET), helper.make_opsetid(names.DOMAIN, names.VERSION)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[op.function_body()], ir_version=10)
+    model = helper.make_model(
+        graph, opset_imports=opsets, functions=[op.function_body("scales" in tensors)], ir_version=10
+    )
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -91,7 +102,7 @@ def assert_agrees(y, x, layer):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8], ids=["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     ("n", "k", "r", "density"),
     [
@@ -129,7 +140,7 @@ def test_body_takes_any_leading_dimensions(leading, runtime):
     r=st.integers(0, 9),
     density=st.floats(0, 1),
     m=st.integers(1, 5),
-    dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16]),
+    dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16, np.int8]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_body_computes_the_definition_for_any_shape(n, k, r, density, m, dtype, seed):
@@ -172,3 +183,9 @@ def test_attributes_name_version_and_layout_with_defaults():
     assert (body.domain, body.name) == ("sslc", "LowRankSparseLinear")
     assert defaults == {"version": 1, "layout": b"rows64"}
     assert tuple(body.input) == ("X", "bitmap", "values", "U", "V", "bias")
+
+
+def test_the_body_for_int8_values_has_scales_and_the_same_name():
+    body = op.function_body(scales=True)
+    assert (body.domain, body.name) == ("sslc", "LowRankSparseLinear")
+    assert tuple(body.input) == names.INPUTS
