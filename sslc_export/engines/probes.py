@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from compress.architectures import output_rows
-from compress.layer import LowRankSparseLinear, unpack
+from compress.layer import LowRankSparseLinear, decode
 from compress.source import Source
 from plugins_ort import library as plugin
 from sslc_common.errors import MissingError
@@ -81,7 +81,7 @@ class TorchProbe:
     def exact(self, layer: str, X: np.ndarray) -> np.ndarray:
         """Y [n, N] of X [n, K], in float64."""
         module = self._layers[layer]
-        S = unpack(module.bitmap, module.values.double(), module.in_features)
+        S = decode(module.bitmap, module.values, module.scales, module.in_features, torch.float64)
         return self._times(X, S + module.U.double() @ module.V.double(), module.bias)
 
     def dense(self, layer: str, X: np.ndarray) -> np.ndarray | None:
@@ -168,7 +168,7 @@ class OnnxRuntimeProbe:
         """Which of the layer's tensors are not those of the checkpoint."""
         there = self._reference.tensors(layer)
         different = []
-        for name, value in zip(names.INPUTS[1:], self._nodes[layer].inputs[1:], strict=True):
+        for name, value in zip(names.INPUTS[1:], self._nodes[layer].inputs[1:], strict=False):  # scales may be missing
             tensor = ir.convenience.get_const_tensor(value)  # type: ignore[arg-type]
             if tensor is None:  # cast from its stored type
                 continue
@@ -189,7 +189,7 @@ class OnnxRuntimeProbe:
         graph.name = layer
         model = ir.Model(graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
         graph.opset_imports.update(self._model.graph.opset_imports)
-        shapes = dict(zip(names.INPUTS, (value and value.shape for value in node.inputs), strict=True))
+        shapes = dict(zip(names.INPUTS, (value and value.shape for value in node.inputs), strict=False))
         N, K = (shapes[name].numpy()[axis] for name, axis in (("U", 0), ("V", 1)))  # type: ignore[union-attr]
         for value, name, width in ((graph.inputs[0], "X", K), (graph.outputs[0], "Y", N)):
             value.name, value.shape, value.type = name, ir.Shape(["rows", width]), ir.TensorType(ir.DataType.FLOAT)

@@ -74,6 +74,17 @@ def test_the_resolved_recipe_repeats_the_build(built, tmp_path):
         assert (tmp_path / name).read_bytes() == (built[0] / name).read_bytes(), name
 
 
+def test_int8_values_pass_with_a_tolerance_of_their_own(tiny_folder, text_file, tmp_path):
+    out = tmp_path / "engine.onnx"
+    arguments = ["--model", str(tiny_folder), "--out", str(out), *CALIBRATION, "--calibration", str(text_file)]
+    assert export.main([*arguments, "--values-dtype", "int8", *QUICK, "--held-out", str(text_file)]) in (0, 4)
+    verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
+    limits = {limit["name"]: limit for limit in verdict["limits"]}
+    for name in ("max_relative_l2", "max_layer_error"):
+        assert limits[name]["limit"] == 1e-3
+        assert limits[name]["outcome"] == "passed"
+
+
 def test_a_missed_limit_is_a_regression(built, tiny_folder, text_file, tmp_path):
     arguments = ["--engine", str(built[0] / "engine.onnx"), "--reference", str(tiny_folder), *QUICK]
     arguments += ["--held-out", str(text_file), "--report", str(tmp_path / "report")]
