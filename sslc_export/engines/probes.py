@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compress.architectures import output_rows
 from compress.layer import LowRankSparseLinear, decode
@@ -24,7 +24,7 @@ from compress.source import Source
 from plugins_ort import library as plugin
 from sslc_common.errors import MissingError
 from sslc_export.engines.inputs import model_inputs
-from sslc_export.engines.pytorch import fork
+from sslc_export.engines.pytorch import TorchEngine
 from sslc_export.lowering import names
 from validate.attribution import LOGITS, Activations
 
@@ -40,7 +40,7 @@ class TorchProbe:
     """
 
     def __init__(self, model: PreTrainedModel, dense: Path | None = None) -> None:
-        self._model = model.eval()
+        self._engine = TorchEngine(model)
         self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankSparseLinear)}
         self._source = Source.open(dense) if dense is not None else None
 
@@ -57,26 +57,16 @@ class TorchProbe:
 
             return hook
 
-        past = 0 if cache is None else cache.get_seq_length()
-        ids, mask, positions = (torch.from_numpy(a) for a in model_inputs(input_ids, attention_mask, past))
         hooks = [layer.register_forward_hook(note(name)) for name, layer in self._layers.items()]
         try:
-            with torch.inference_mode():
-                output = self._model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=DynamicCache(config=self._model.config) if cache is None else fork(cache),
-                    use_cache=True,
-                )
+            logits, cache = self._engine.run(input_ids, attention_mask, cache)
         finally:
             for hook in hooks:
                 hook.remove()
-        logits = output.logits.float().numpy()
         batch = len(input_ids)
         # OPT flattens [batch, tokens] before its feed-forward layers.
         seen = {name: Activations(_batched(both.X, batch), _batched(both.Y, batch)) for name, both in seen.items()}
-        return seen | {LOGITS: Activations(logits, logits)}, output.past_key_values
+        return seen | {LOGITS: Activations(logits, logits)}, cache
 
     def exact(self, layer: str, X: np.ndarray) -> np.ndarray:
         """Y [n, N] of X [n, K], in float64."""

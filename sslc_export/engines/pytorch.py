@@ -46,13 +46,13 @@ class TorchEngine:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=DynamicCache(config=self._model.config) if cache is None else fork(cache),
+                past_key_values=DynamicCache(config=self._model.config) if cache is None else _fork(cache),
                 use_cache=True,
             )
         return output.logits.float().cpu().numpy(), output.past_key_values
 
 
-def fork(cache: Cache) -> Cache:
+def _fork(cache: Cache) -> Cache:
     """A cache that can grow while the given one stays as it is.
 
     A layer's update binds new tensors to it and changes none, so copies of the layer objects suffice.
