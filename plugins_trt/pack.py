@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslc_common.errors import InputError
+from sslc_common.storage import SCALE_GROUP
 
 LAYOUTS = ("any", "bank32", "fixed8")
 TYPES = ("f16", "bf16")
-SCALE_GROUP = 64  # columns of a row that share one int8 scale
 
 _ROWS = 512  # rows packed at a time: bounds the temporary arrays, whatever N is
 _TILE_COLUMNS = {"any": 64, "bank32": 256, "fixed8": 64}

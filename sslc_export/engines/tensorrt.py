@@ -230,7 +230,7 @@ def _run_builder(folder: Path, module: str) -> tuple[bool, dict[str, Any]]:
         "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
         "MALLOC_TOP_PAD_": str(1 << 30),
     }
-    command = [sys.executable, "-m", "sslc_export.engines.tensorrt_builder"]
+    command = [sys.executable, "-P", "-m", "sslc_export.engines.tensorrt_builder"]
     with _no_address_randomisation() as steady:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if (folder / "error.json").is_file():

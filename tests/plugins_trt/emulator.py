@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import plugins_trt
-from plugins_trt.pack import LAYOUTS, SCALE_GROUP, PackedLayer, pack_layer, to_bits
+from plugins_trt.pack import LAYOUTS, PackedLayer, pack_layer, to_bits
+from sslc_common.storage import SCALE_GROUP
 
 SOURCE = Path(plugins_trt.__file__).parent
 SANITIZERS = {
