@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sslc_common.storage import SCALE_GROUP
+from compress.layer import SCALE_GROUP
 
 # What the scale that maps the largest value of a group to 127 is multiplied with. Clipping more of it does not pay with
 # 64 values of 8 bits; a slightly other grid may fit the large or the important values better.

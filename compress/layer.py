@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sslc_common.storage import SCALE_GROUP
+SCALE_GROUP = 64  # columns of a row that share one scale of int8 values
 
 # Multiplying eight bytes of 0 or 1 by this constant gathers them, first byte lowest, in the top byte of the product:
 # byte i (bit 8i) meets 2^(56-7i) and lands on bit 56+i; no other pair of bits reaches the top byte, and none collide.

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslc_common.errors import InputError
-from sslc_common.storage import SCALE_GROUP
 
 LAYOUTS = ("any", "bank32", "fixed8")
 TYPES = ("f16", "bf16")
@@ -101,8 +100,46 @@ def mask_of(bitmap: NDArray[np.int32], in_features: int) -> NDArray[np.bool_]:
     return np.unpackbits(octets, axis=1, bitorder="little")[:, :in_features].astype(bool)
 
 
-def choose_layout(bitmap: NDArray[np.int32], in_features: int, *, int8: bool = False) -> tuple[str, str]:
-    """The layout that should be fastest for this mask, and the reason in words.
+@dataclass(frozen=True)
+class Choice:
+    """A layout for a layer.
+
+    Attributes:
+        layout: One of `LAYOUTS`.
+        reason: Why this one, in words.
+        nbytes: What S will take in it, predicted by `sparse_bytes`.
+    """
+
+    layout: str
+    reason: str
+    nbytes: int
+
+
+def sparse_bytes(layout: str, out_features: int, in_features: int, stored: int, *, int8: bool = False) -> int:
+    """Bytes that S [N, K] with `stored` entries takes in a layout.
+
+    Exact for `bank32` and `fixed8`. What `any` adds to round its pieces depends on the mask; here it is what random
+    masks add on average: 1.5 values for each of a tile's four units (to a multiple of four), and 4 bytes (from 8 to 16;
+    int8: 6, from 4 to 16).
+    """
+    tiles = -(-out_features // 16) * -(-in_features // _TILE_COLUMNS[layout])
+    if layout == "bank32":
+        return tiles * _BANK_BYTES
+    if layout == "fixed8":
+        return tiles * (64 * (8 if int8 else 16) + 128 + (32 if int8 else 0))
+    value, head, rounding = (1, 176, 6) if int8 else (2, 144, 4)
+    return stored * value + tiles * (4 + head + 4 * 3 * value // 2 + rounding)
+
+
+def factor_bytes(out_features: int, in_features: int, rank: int) -> int:
+    """Bytes that U [N, r] and V [r, K] take together."""
+    steps = -(-rank // 64)
+    rows, columns = -(-out_features // 16) * 16, -(-in_features // 64) * 64
+    return 2 * 64 * steps * (rows + columns) if rank else 32
+
+
+def choose_layout(bitmap: NDArray[np.int32], in_features: int, *, int8: bool = False) -> Choice:
+    """The layout that should be fastest for this mask.
 
     A tile's time is modelled as the larger of its memory time and its decoding time plus a fifth of the smaller, on an
     A100 (12.1 bytes per clock and multiprocessor at 90 % of its bandwidth), with the decoding rates counted by
@@ -114,23 +151,22 @@ def choose_layout(bitmap: NDArray[np.int32], in_features: int, *, int8: bool = F
         most16 = max(most16, int(mask.reshape(-1, 16).sum(1).max(initial=0)))
         most64 = max(most64, int(mask.reshape(-1, 64).sum(1).max(initial=0)))
         stored += int(mask.sum())
-    value = 1 if int8 else 2
-    scales = 2 / SCALE_GROUP if int8 else 0
-    density = stored / max(1, len(bitmap) * in_features)
-    candidates = {"any": (value * density + 0.16 + scales, 15.8)}
+    weights = len(bitmap) * in_features
+    rates = {"any": 15.8}
     if most64 <= 32 and not int8:
-        candidates["bank32"] = (1.125 * _up(in_features, 256) / in_features, 20.2)
+        rates["bank32"] = 20.2
     if most16 <= 8:
-        candidates["fixed8"] = (value / 2 + 0.125 + scales, 24.7)
+        rates["fixed8"] = 24.7
+    sizes = {layout: sparse_bytes(layout, len(bitmap), in_features, stored, int8=int8) for layout in rates}
 
     def time(layout: str) -> float:
-        size, rate = candidates[layout]
-        memory, decoding = size / 12.1, 1 / rate
+        memory, decoding = sizes[layout] / weights / 12.1, 1 / rates[layout]
         return max(memory, decoding) + 0.2 * min(memory, decoding)
 
-    best = min(candidates, key=time)
-    rule = f"at most {most16} of 16 and {most64} of 64 columns stored, {density:.1%} in all"
-    return best, f"{rule}: {candidates[best][0]:.3f} bytes per weight, modelled fastest of {', '.join(candidates)}"
+    best = min(rates, key=time)
+    rule = f"at most {most16} of 16 and {most64} of 64 columns stored, {stored / weights:.1%} in all"
+    reason = f"{rule}: {sizes[best] / weights:.3f} bytes per weight, modelled fastest of {', '.join(rates)}"
+    return Choice(best, reason, sizes[best])
 
 
 def pack_layer(
@@ -175,7 +211,7 @@ def pack_layer(
             do=f"Leave it dense: compress again with --exclude '{name}'",
         )
     if layout is None:
-        layout, _ = choose_layout(bitmap, K, int8=int8)
+        layout = choose_layout(bitmap, K, int8=int8).layout
     if int8 and layout == "bank32":
         raise InputError(
             "Layout bank32 takes no int8 values", allowed="any or fixed8", do="Leave the layout to the tool"

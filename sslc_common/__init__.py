@@ -1,1 +1,1 @@
-"""What every package here shares and nothing more: errors for users, whole files, and what the storage format fixes."""
+"""What every package here shares and nothing more: errors written for users, and files that are whole or absent."""

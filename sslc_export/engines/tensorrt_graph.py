@@ -14,7 +14,7 @@ Weights are read, packed and written one after the other: memory holds one layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,40 +55,58 @@ class PluginNode:
     nbytes: int
 
 
+def load(model: Path) -> ir.Model:
+    """The .onnx file that `sslc_export.lowering` wrote, without its weights."""
+    return ir.load(model)
+
+
+def choose_layouts(model: ir.Model, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> dict[str, pack.Choice]:
+    """The packed layout of each of our nodes, by its name. Reads their bitmaps."""
+    choices = {}
+    for node in progress(_ours(model), "Choosing layouts"):
+        bitmap, V = (_array(node, name) for name in ("bitmap", "V"))
+        choices[str(node.name)] = pack.choose_layout(bitmap, V.shape[1], int8=_has_scales(node))
+    return choices
+
+
 def rewrite(
-    model: Path, out: Path, *, type: str, progress: Callable[[Iterable[Any], str], Iterable[Any]]
+    model: ir.Model,
+    out: Path,
+    choices: Mapping[str, pack.Choice],
+    *,
+    type: str,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]],
 ) -> tuple[PluginNode, ...]:
     """Writes the TensorRT variant of a lowered model.
 
     Args:
-        model: The .onnx file that `sslc_export.lowering` wrote.
+        model: From `load`; it is changed on the way.
         out: The .onnx file to write; its weights go beside it, with the suffix .bin.
+        choices: From `choose_layouts`.
         type: "f16" or "bf16".
         progress: Shows the packing.
 
     Raises:
         InputError: a weight does not fit the type.
     """
-    graph_model = ir.load(model)
-    expose_cache(graph_model)
-    graph = graph_model.graph
-    for function in list(graph_model.functions):  # the plugin takes the place of the operator's body
-        del graph_model.functions[function]
+    expose_cache(model)
+    graph = model.graph
+    for function in list(model.functions):  # the plugin takes the place of the operator's body
+        del model.functions[function]
     float32 = _position_values(graph)
     weights = out.with_suffix(".bin")
     packed = []
     with weights.open("wb") as file:
         writer = _Weights(file, weights)
-        ours = [node for node in graph if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
-        for node in progress(ours, "Packing layers"):
-            packed.append(_pack(graph, node, type, writer))
+        for node in progress(_ours(model), "Packing layers"):
+            packed.append(_pack(graph, node, choices[str(node.name)], type, writer))
         _to_half(graph, _TYPES[type], float32, writer)
     for node in graph:
         if node.op_type == "Attention":
             # TensorRT has fused kernels for some head sizes only, and takes others apart if this says that it may. The
             # attribute is TensorRT's own: onnx.checker refuses it, so that it can be added no earlier than here.
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
-    ir.save(graph_model, out)
+    ir.save(model, out)
     return tuple(packed)
 
 
@@ -114,21 +132,32 @@ class _Weights:
         )
 
 
-def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> PluginNode:
+def _ours(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
+
+
+def _array(node: ir.Node, name: str) -> np.ndarray:
+    value = node.inputs[names.INPUTS.index(name)]
+    return value.const_value.numpy()  # type: ignore[union-attr]
+
+
+def _has_scales(node: ir.Node) -> bool:
+    return len(node.inputs) > names.INPUTS.index("scales")
+
+
+def _pack(graph: ir.Graph, node: ir.Node, choice: pack.Choice, type: str, writer: _Weights) -> PluginNode:
     """Replaces a node's inputs and attributes by the plugin's."""
     given = {name: node.inputs[i] for i, name in enumerate(names.INPUTS[: len(node.inputs)])}
-    array = {name: value.const_value.numpy() for name, value in given.items() if name != "X"}  # type: ignore[union-attr]
-    in_features = array["V"].shape[1]
-    layout, reason = pack.choose_layout(array["bitmap"], in_features, int8="scales" in array)
+    array = {name: _array(node, name) for name in given if name != "X"}
     layer = pack.pack_layer(
         array["bitmap"],
         array["values"],
         array["U"],
         array["V"],
         array["bias"],
-        in_features=in_features,
+        in_features=array["V"].shape[1],
         type=type,
-        layout=layout,
+        layout=choice.layout,
         scales=array.get("scales"),
         name=str(node.name),
     )
@@ -160,7 +189,9 @@ def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> Plugin
     for value in given.values():
         if value is not None and value.is_initializer() and not value.uses():
             del graph.initializers[str(value.name)]
-    return PluginNode(str(node.name), layout, reason, layer.out_features, layer.in_features, layer.rank, layer.nbytes)
+    return PluginNode(
+        str(node.name), choice.layout, choice.reason, layer.out_features, layer.in_features, layer.rank, layer.nbytes
+    )
 
 
 def _position_values(graph: ir.Graph) -> set[ir.Value]:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import plugins_trt
+from compress.layer import SCALE_GROUP
 from plugins_trt.pack import LAYOUTS, PackedLayer, pack_layer, to_bits
-from sslc_common.storage import SCALE_GROUP
 
 SOURCE = Path(plugins_trt.__file__).parent
 SANITIZERS = {
@@ -145,16 +145,27 @@ def random_case(
 
 
 def write_case(case: Case, path: Path) -> None:
-    packed = case.pack()
-    x = case.X.astype(np.float32)
-    if not case.f32:
-        bits = to_bits(np.where(np.isfinite(x), x, 0), case.type)
+    options = (case.multiprocessors, case.shared_bytes, case.splits, case.late, case.reverse)
+    write_packed(case.pack(), case.X, path, f32=case.f32, options=options)
+
+
+def write_packed(
+    packed: PackedLayer,
+    X: np.ndarray,
+    path: Path,
+    *,
+    f32: bool = False,
+    options: tuple[int, int, int, bool, bool] = (4, 99 << 10, 0, True, False),
+) -> None:
+    """Writes what `emulate` runs; the options are multiprocessors, shared bytes, splits, late, reverse."""
+    x = X.astype(np.float32)
+    if not f32:
+        bits = to_bits(np.where(np.isfinite(x), x, 0), packed.type)
         bits[~np.isfinite(x)] = 0x7FFF  # NaN in both types
         x = bits
     arrays = [x, packed.S, packed.U, packed.V, packed.bias]
     header = [packed.out_features, packed.in_features, packed.rank, LAYOUTS.index(packed.layout)]
-    header += [("f16", "bf16").index(packed.type), packed.int8, packed.slot, len(case.X), case.f32]
-    header += [case.multiprocessors, case.shared_bytes, case.splits, case.late, case.reverse]
+    header += [("f16", "bf16").index(packed.type), packed.int8, packed.slot, len(X), f32, *options]
     header += [a.nbytes for a in arrays]
     data = struct.pack(f"<{len(header)}i", *header)
     data += b"\0" * (16 - len(data) % 16)
