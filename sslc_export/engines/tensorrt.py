@@ -138,7 +138,7 @@ def build(
             start = time.perf_counter()
             job = {
                 "plugin": str(plugin),
-                "layers": {layer.name: layer.out_features for layer in layers},
+                "nodes": _outputs(layers),
                 "type": type,
                 "shapes": asdict(shapes),
                 "targets": targets,
@@ -182,6 +182,14 @@ def require_backend(targets: Iterable[str] = (), plugin: Path | None = None) -> 
     library.require_headers(trt, plugin)
     library.load_alias(trt, plugin.parent)
     return trt, plugin
+
+
+def _outputs(layers: Iterable[PluginNode]) -> dict[str, list[int]]:
+    """What `require_plugin_layers` expects: plugin node → out_features of its outputs."""
+    nodes: dict[str, list[int]] = {}
+    for layer in layers:
+        nodes.setdefault(layer.node, []).append(layer.out_features)
+    return nodes
 
 
 def _run_builder(folder: Path, module: str) -> tuple[bool, dict[str, Any]]:

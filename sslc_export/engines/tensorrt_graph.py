@@ -5,7 +5,8 @@ float32, so this module writes a second graph in which
 
 - every activation and dense weight is float16 or bfloat16, except what is computed from token positions alone (rotary
   angles reach the thousands, where float16 has whole numbers only), which is rounded where it meets the rest;
-- each of our nodes has the plugin's inputs (packed weights) and attributes instead of the checkpoint's;
+- each of our nodes has the plugin's inputs (packed weights) and attributes instead of the checkpoint's, and layers of
+  the same input (q, k and v; gate and up) are one node with an output for each;
 - the cache is appended to outside of Attention;
 - logits are float32.
 
@@ -37,7 +38,9 @@ class PluginNode:
     """One compressed layer in the rewritten graph.
 
     Attributes:
-        name: The layer's name, and the node's.
+        name: The layer's name.
+        node: The node that computes it, with others of the same input.
+        output: Which of the node's outputs is its own.
         layout: How its sparse part is packed.
         reason: Why in this layout.
         out_features: N.
@@ -47,6 +50,8 @@ class PluginNode:
     """
 
     name: str
+    node: str
+    output: int
     layout: str
     reason: str
     out_features: int
@@ -61,11 +66,12 @@ def load(model: Path) -> ir.Model:
 
 
 def choose_layouts(model: ir.Model, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> dict[str, pack.Choice]:
-    """The packed layout of each of our nodes, by its name. Reads their bitmaps."""
+    """The packed layout of each plugin node to be, by its name. Reads the bitmaps."""
     choices = {}
-    for node in progress(_ours(model), "Choosing layouts"):
-        bitmap, V = (_array(node, name) for name in ("bitmap", "V"))
-        choices[str(node.name)] = pack.choose_layout(bitmap, V.shape[1], int8=_has_scales(node))
+    for nodes in progress(_groups(model), "Choosing layouts"):
+        bitmaps = [_array(node, "bitmap") for node in nodes]
+        in_features = _array(nodes[0], "V").shape[1]
+        choices[_name_of(nodes)] = pack.choose_layout(bitmaps, in_features, int8=_has_scales(nodes[0]))
     return choices
 
 
@@ -98,8 +104,8 @@ def rewrite(
     packed = []
     with weights.open("wb") as file:
         writer = _Weights(file, weights)
-        for node in progress(_ours(model), "Packing layers"):
-            packed.append(_pack(graph, node, choices[str(node.name)], type, writer))
+        for nodes in progress(_groups(model), "Packing layers"):
+            packed.extend(_pack(graph, nodes, choices[_name_of(nodes)], type, writer))
         _to_half(graph, _TYPES[type], float32, writer)
     for node in graph:
         if node.op_type == "Attention":
@@ -132,8 +138,21 @@ class _Weights:
         )
 
 
-def _ours(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
+def _groups(model: ir.Model) -> list[list[ir.Node]]:
+    """Our nodes in the order of the graph, those of the same input together."""
+    groups: dict[tuple[int, bool], list[list[ir.Node]]] = {}
+    for node in model.graph:
+        if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE):
+            same = groups.setdefault((id(node.inputs[0]), _has_scales(node)), [[]])
+            if len(same[-1]) == pack.MOST_STACKED:
+                same.append([])
+            same[-1].append(node)
+    return [group for same in groups.values() for group in same]
+
+
+def _name_of(nodes: list[ir.Node]) -> str:
+    """For example "model.layers.0.self_attn.q_proj+k_proj+v_proj"."""
+    return "+".join([str(nodes[0].name), *(str(node.name).rpartition(".")[2] for node in nodes[1:])])
 
 
 def _array(node: ir.Node, name: str) -> np.ndarray:
@@ -145,53 +164,62 @@ def _has_scales(node: ir.Node) -> bool:
     return len(node.inputs) > names.INPUTS.index("scales")
 
 
-def _pack(graph: ir.Graph, node: ir.Node, choice: pack.Choice, type: str, writer: _Weights) -> PluginNode:
-    """Replaces a node's inputs and attributes by the plugin's."""
-    given = {name: node.inputs[i] for i, name in enumerate(names.INPUTS[: len(node.inputs)])}
-    array = {name: _array(node, name) for name in given if name != "X"}
-    layer = pack.pack_layer(
-        array["bitmap"],
-        array["values"],
-        array["U"],
-        array["V"],
-        array["bias"],
-        in_features=array["V"].shape[1],
-        type=type,
-        layout=choice.layout,
-        scales=array.get("scales"),
-        name=str(node.name),
-    )
-    inputs = [given["X"]]
-    for name, data in (("S", layer.S), ("U", layer.U), ("V", layer.V), ("bias", layer.bias)):
-        dtype = ir.DataType.FLOAT if name == "bias" else ir.DataType.INT32
-        inputs.append(_initializer(graph, writer.add(f"{node.name}.packed.{name}", data, dtype)))
-    output = node.outputs[0]
+def _pack(graph: ir.Graph, nodes: list[ir.Node], choice: pack.Choice, type: str, writer: _Weights) -> list[PluginNode]:
+    """Puts one node with the plugin's inputs and attributes in the place of nodes that have the same input."""
+    name, layers = _name_of(nodes), []
+    for node in nodes:
+        given = names.INPUTS[1 : len(node.inputs)]
+        array = {name: _array(node, name) for name in given}
+        layers.append(
+            pack.pack_layer(
+                array["bitmap"],
+                array["values"],
+                array["U"],
+                array["V"],
+                array["bias"],
+                in_features=array["V"].shape[1],
+                type=type,
+                layout=choice.layout,
+                scales=array.get("scales"),
+                name=str(node.name),
+            )
+        )
+    packed = pack.stack(layers)
+    inputs = [nodes[0].inputs[0]]
+    for part, data in (("S", packed.S), ("U", packed.U), ("V", packed.V), ("bias", packed.bias)):
+        dtype = ir.DataType.FLOAT if part == "bias" else ir.DataType.INT32
+        inputs.append(_initializer(graph, writer.add(f"{name}.packed.{part}", data, dtype)))
     plugin = ir.node(
         NAME,
         inputs,
         {
             "plugin_version": VERSION,
             "plugin_namespace": NAMESPACE,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "rank": layer.rank,
-            "slot": layer.slot,
-            "layout": layer.layout,
-            "type": layer.type,
-            "values": "int8" if layer.int8 else "float",
+            "out_features": packed.out_features,
+            "in_features": packed.in_features,
+            "rank": packed.rank,
+            "slot": packed.slot,
+            "layout": packed.layout,
+            "type": packed.type,
+            "values": "int8" if packed.int8 else "float",
         },
         domain=names.DOMAIN,
-        name=node.name,
-        num_outputs=1,
+        name=name,
+        num_outputs=len(nodes),
     )
-    result = plugin.outputs[0]
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [plugin], [output], [result])
-    for value in given.values():
-        if value is not None and value.is_initializer() and not value.uses():
-            del graph.initializers[str(value.name)]
-    return PluginNode(
-        str(node.name), choice.layout, choice.reason, layer.out_features, layer.in_features, layer.rank, layer.nbytes
-    )
+    old = [node.outputs[0] for node in nodes]
+    weights = [value for node in nodes for value in node.inputs[1:] if value is not None]
+    ir.convenience.replace_nodes_and_values(graph, nodes[0], nodes, [plugin], old, list(plugin.outputs))
+    for value in weights:
+        if value.is_initializer() and not value.uses():
+            graph.initializers.pop(str(value.name), None)
+    return [
+        PluginNode(
+            str(node.name), name, i, choice.layout, choice.reason, len(layer.bias), layer.in_features, layer.rank[0],
+            layer.nbytes,
+        )
+        for i, (node, layer) in enumerate(zip(nodes, layers, strict=True))
+    ]  # fmt: skip
 
 
 def _position_values(graph: ir.Graph) -> set[ir.Value]:

@@ -50,7 +50,7 @@ def predict(graph: ir.Graph, choices: Mapping[str, pack.Choice], *, runtime: str
 
     Args:
         graph: As `sslc_export.lowering` wrote it; no weight is read.
-        choices: The layout of each compressed layer, with its bytes.
+        choices: The layout of each plugin node, with the bytes of its layers' sparse parts.
         runtime: "tensorrt_rtx" or "tensorrt". What mainline TensorRT adds to the weights is not known here and left
             out: machine code of its kernels, some MB.
         plugin: Bytes of the plugin library.
@@ -93,5 +93,5 @@ def _meets_plugin(value: ir.Value) -> bool:
 
 def _shape(node: ir.Node, name: str) -> tuple[int, int]:
     value = node.inputs[names.INPUTS.index(name)]
-    rows, columns = value.const_value.shape  # type: ignore[union-attr]
-    return int(rows), int(columns)
+    rows, columns = value.const_value.shape.numpy()  # type: ignore[union-attr]
+    return rows, columns
