@@ -1,6 +1,11 @@
-"""The CUDA kernels' own source, run on the CPU emulator, against float64. Nothing here has run on a GPU."""
+"""The CUDA kernels' own source, run on the CPU emulator, against float64. Nothing here has run on a GPU.
+
+With SSLC_ON_GPU=1 the same cases run on the GPU of this machine (scripts/gpu_check.sh).
+"""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from tests.plugins_trt.emulator import (
     run_stacks,
     worst_error,
 )
+from tests.plugins_trt.toolchain import build_for_gpu
 
 # layout, mask rule, int8
 FORMATS = [
@@ -27,7 +33,7 @@ IDS = [f"{layout}{'-int8' if int8 else ''}" for layout, _, int8 in FORMATS]
 
 @pytest.fixture(scope="module")
 def program():
-    return compile_emulator()
+    return build_for_gpu() if os.environ.get("SSLC_ON_GPU") else compile_emulator()
 
 
 def check(program, folder, cases):
