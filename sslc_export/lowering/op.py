@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxscript
 
-from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION
+from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION, WITH_SCALES
 
 # Opset 23 has Attention, RMSNormalization and RotaryEmbedding. The exporter decomposes them for older opsets,
 # and loses two of the three again for 24 (torch 2.13).
@@ -119,10 +119,11 @@ def function_body(scales: bool = False) -> onnx.FunctionProto:
     """The operator as a model-local function: what runs where our library is not loaded.
 
     Args:
-        scales: For nodes with int8 values, which have scales, rather than for those without.
+        scales: For nodes with int8 values, which have scales, rather than for those without. It is an overload, since
+            a model may have both.
     """
     if not scales:
         return LowRankSparseLinear.to_function_proto()
     body = _with_scales.to_function_proto()
-    body.name = OP_TYPE
+    body.name, body.overload = OP_TYPE, WITH_SCALES
     return body
