@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxscript
 from onnx_ir.passes.common import InlinePass
 
-from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION
+from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION, WITH_SCALES
 
 # Opset 23 has Attention, RMSNormalization and RotaryEmbedding. The exporter decomposes them for older opsets,
 # and loses two of the three again for 24 (torch 2.13).
@@ -117,11 +117,13 @@ def function_body(scales: bool = False) -> onnx.FunctionProto:
     """The operator as a model-local function of standard operators: what runs where our library is not loaded.
 
     Args:
-        scales: For nodes with int8 values, which have scales, rather than for those without.
+        scales: For nodes with int8 values, which have scales, rather than for those without. It is an overload, since
+            a model may have both.
     """
     scripts = (_sparse, _linear, _with_scales if scales else LowRankSparseLinear)
     functions = [ir.serde.deserialize_function(script.to_function_proto()) for script in scripts]
-    functions[-1].name = OP_TYPE
+    body = functions[-1]
+    body.name, body.overload = OP_TYPE, WITH_SCALES if scales else ""
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}), ir_version=10, functions=functions)
     InlinePass(lambda function: function.name != OP_TYPE)(model)
-    return ir.serde.serialize_function(functions[-1])
+    return ir.serde.serialize_function(body)
