@@ -21,6 +21,7 @@ from compress.budget import LayerPlan
 from compress.calibration import fingerprint, hold_out, read_tokens
 from compress.folder import copy_companions, shard_name, write_config, write_index, write_json
 from compress.format import Progress, no_progress
+from compress.head import head_names, quantize_head
 from compress.importance import Importance, load, measure, save, scratch_bytes
 from compress.layer import LowRankSparseLinear
 from compress.options import METHODS, CompressOptions
@@ -108,9 +109,16 @@ def compress_model(
         if options.tuning_minutes:
             text = tokens[:solving] if tokens is not None and not options.calibration else _tuning_text(source, options)
             tune_folder(work.folder, source, text, options.tuning_minutes, progress)
+        head = None
+        if options.head == "int8":  # after the tuning, which has no use for rounded weights
+            head = quantize_head(work.folder / _shards(dense)[-1], dense)
+            written = write_index(work.folder, _shards(dense))
+            compression = _compression_config([*rows, head], identity) | _embeddings(dense)
+            write_config(work.folder, dense.checkpoint.config, compression)
         report = CompressReport(
             method=options.method,
             layers=tuple(rows),
+            head=head,
             source_bytes=sum(ref.length for ref in dense.checkpoint.tensors.values()),
             checkpoint_bytes=sum(ref.length for ref in written.values()),
             source_hash=identity["source"],
@@ -263,6 +271,12 @@ def _shards(source: Source) -> list[str]:
     """Names of the shards: one per block, and the last for the rest."""
     count = len(source.blocks) + 1
     return [shard_name(index, count) for index in range(count)]
+
+
+def _embeddings(source: Source) -> dict[str, dict[str, str]]:
+    """The embedding that looks its rows up in the head, if they are tied, for config.json."""
+    head, embedding = head_names(source)
+    return {"embeddings": {embedding: head}} if embedding else {}
 
 
 def _compression_config(rows: list[LayerReport], identity: dict[str, Any]) -> dict[str, Any]:

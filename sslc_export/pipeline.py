@@ -58,6 +58,8 @@ def export(recipe: ExportRecipe) -> int:
     if out.suffix != ".plan" and (recipe.target or recipe.triton):
         raise InputError("--target and --triton are for TensorRT", got=out, allowed="an --out that ends in .plan")
     source = resolve(recipe.model)
+    if out.suffix == ".plan":
+        _require_kept_head(source, recipe)
     # Only now what takes seconds to import: a wrong path is answered at once.
     from sslc_export import plans
     from sslc_export.lowering.lower import lower
@@ -135,6 +137,20 @@ def require_known(engine: Path) -> None:
             f"The suffix of {engine} names no engine",
             got=engine.suffix or "no suffix",
             allowed=".onnx for ONNX Runtime on CPUs, .plan for TensorRT",
+        )
+
+
+def _require_kept_head(source: Path, recipe: ExportRecipe) -> None:
+    """Refuses an int8 head for TensorRT, whether asked for or in a model that is compressed already."""
+    from compress.format import Checkpoint
+
+    blocks = Checkpoint.open(source)
+    if recipe.head != "keep" or blocks.embeddings or "lm_head" in blocks.layers:
+        raise InputError(
+            "TensorRT plans take no int8 head",
+            got="--head int8" if recipe.head != "keep" else f"{recipe.model}, which has one",
+            allowed="a dense head, which the plan stores in 16 bits",
+            do="Leave --head out, or build an engine.onnx",
         )
 
 

@@ -52,6 +52,11 @@ class CompressRecipe(_Recipe):
     values_dtype: Literal["f32", "bf16", "int8"] = Field(
         "f32", description="type of the stored values, U and V; with int8 values, U and V are bf16"
     )
+    head: Literal["keep", "int8"] = Field(
+        "keep",
+        description="the output head and the embedding tied to it, often the largest matrix: as it is, or rounded to "
+        "int8; not counted by the budget, and for ONNX Runtime only",
+    )
     rank_share: float | None = Field(
         _DEFAULT.rank_share,
         ge=0,
