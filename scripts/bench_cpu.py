@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the records here, as a list")
     parser.add_argument("--plot", type=Path, help="write a plot here (needs matplotlib)")
     options = parser.parse_args(argv)
-    shapes = [Shape(*options.shape, options.budget)] if options.shape else list(layers.SHAPES)
+    shapes = list(layers.SHAPES)
+    if options.shape:
+        n, k, r = options.shape
+        shapes = [Shape(n, k, r, options.budget)]
     if options.quick and not options.shape:
         shapes = [shape for shape in shapes if (shape.n, shape.k) == (4096, 4096)]
     for shape in shapes:

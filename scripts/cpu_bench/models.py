@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -148,6 +149,7 @@ def _n_bits(dense: Path, out: Path, bits: int) -> None:
     """ONNX Runtime's own quantizer over the dense engine, after its own folding of the transposed weights."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)  # it tells of every node
     out.parent.mkdir(exist_ok=True)
     folded = out.parent / "folded.onnx"
     options = onnxruntime.SessionOptions()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from cpu_bench.layer import Floats, Layer, bf16, grouped
 from plugins_ort import library
 
 # Inputs of one node after X: name → (array, its ONNX type).
-Weights = dict[str, tuple[np.ndarray, int]]
+Weights = Mapping[str, tuple[np.ndarray, int]]
 _FLOAT = TensorProto.FLOAT
 
 
