@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data"
 
+HEAD = "lm_head"  # in every supported architecture
 _LIMITS = ("max_perplexity_ratio", "min_decode_speedup", "min_prefill_speedup", "max_size_ratio")
 _EXPLAIN_TOKENS = 64
 _HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
@@ -163,6 +164,8 @@ def _predict(source: Path, recipe: ExportRecipe) -> int:
         HEADER,
         predicted.table(),
     )
+    for reason, count in predicted.reasons().items():
+        console.note(f"dense: {count} layers, {reason}")
     return PASSED
 
 
@@ -186,7 +189,7 @@ def _require_kept_head(source: Path, recipe: ExportRecipe) -> None:
     from compress.format import Checkpoint
 
     blocks = Checkpoint.open(source)
-    if recipe.head != "keep" or blocks.embeddings or "lm_head" in blocks.layers:
+    if recipe.head != "keep" or blocks.embeddings or HEAD in blocks.layers:
         raise InputError(
             "TensorRT plans take no int8 head",
             got="--head int8" if recipe.head != "keep" else f"{recipe.model}, which has one",
@@ -233,6 +236,9 @@ def _compress(
 
     console.quiet_transformers()
     options = _options(recipe)
+    if reason := (kept_dense or {}).pop(HEAD, None):
+        console.note(f"{HEAD} is kept as it is: {reason}")
+        options = replace(options, head="keep")
     with console.stage(f"compress {source} to {out}"):
         report = compress_model(source, out, options, kept_dense=kept_dense, progress=console.progress)
     console.compression(report)

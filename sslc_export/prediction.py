@@ -8,6 +8,7 @@ docs/prediction.md shows how far off that is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +120,10 @@ class Prediction:
             if part.values and (ours := part.decode(self.machine)) > (dense := part.dense().decode(self.machine))
         }
 
+    def reasons(self) -> dict[str, int]:
+        """Why layers stay dense, and how many."""
+        return dict(Counter(part.reason for part in self.parts if part.reason))
+
     def _dense(self) -> Iterable[Part]:
         return (part.dense() for part in self.parts)
 
@@ -132,26 +137,23 @@ class Prediction:
         rows = [self._row(str(key[0]), parts) for key, parts in alike.items()]
         megabytes = [sum(part.bytes for part in parts) / 1e6 for parts in (list(self._dense()), self.parts)]
         total = (f"{self.decode_speedup:.2f}×", f"{self.prefill_speedup:.2f}×")
-        return [*rows, ("whole model", "", *(f"{size:.1f}" for size in megabytes), *total, "")]
+        return [*rows, ("whole model", "", "", *(f"{size:.1f}" for size in megabytes), *total, "")]
 
     def _row(self, name: str, parts: Sequence[Part]) -> tuple[str, ...]:
         part, count = parts[0], len(parts)
         dense = part.dense()
-        if part.values:
-            choice = f"{part.values}, {part.kept:.0%} kept"
-        else:
-            choice = f"dense: {part.reason}" if part.reason else "dense"
         return (
-            f"{name} × {count}" if count > 1 else name,
+            name,
+            str(count),
             f"{part.N} × {part.K}",
             *(f"{count * size / 1e6:.1f}" for size in (dense.bytes, part.bytes)),
             f"{dense.decode(self.machine) / part.decode(self.machine):.2f}×",
             f"{dense.prefill(self.machine) / part.prefill(self.machine):.2f}×",
-            choice,
+            f"{part.values}, {part.kept:.0%}" if part.values else "dense",
         )
 
 
-HEADER = ("layers", "N × K", "dense MB", "MB", "decode", f"prefill of {PREFILL_TOKENS}", "choice")
+HEADER = ("layers", "", "N × K", "dense MB", "MB", "decode", f"prefill {PREFILL_TOKENS}", "kept as")
 
 
 def predict_build(source: Path, options: CompressOptions, machine: Machine, *, compress_slower: bool) -> Prediction:
