@@ -1,4 +1,4 @@
-"""scripts/bench_cpu.py on layers and a model so small that its figures mean nothing: what it runs, and what it writes."""
+"""scripts/bench_cpu.py on layers and a model too small for figures: what it runs, and what it writes."""
 
 import importlib.util
 import json
