@@ -50,9 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a dense Hugging Face folder: time this model rather than layers")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where engines of --model are kept")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt, with --model")
+    parser.add_argument("--show", type=Path, nargs="+", help="measure nothing: show these --json files of earlier runs")
     parser.add_argument("--json", type=Path, help="write the records here, as a list")
     parser.add_argument("--plot", type=Path, help="write a plot here (needs matplotlib)")
     options = parser.parse_args(argv)
+    if options.show:
+        records: list[Record | ModelRecord] = [
+            show.record(row) for file in options.show for row in json.loads(file.read_text(encoding="utf-8"))
+        ]
+        print(show.markdown(records))
+        if options.plot:
+            show.plot(records, options.plot)
+        return
     shapes = list(layers.SHAPES)
     if options.shape:
         n, k, r = options.shape
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = options.rounds or (7 if options.quick else 20)
 
     print(f"{show.processor()}; {os.cpu_count()} cores; onnxruntime {onnxruntime.__version__}; {rounds} rounds")
-    records: list[Record | ModelRecord] = []
+    records = []
     if options.model:
         built = build_models(options.model, options.work / options.model.name, options.values, _note)
         measured = bench_model(options.model.name, built, options.prefill, options.threads, rounds)

@@ -46,6 +46,8 @@ def test_every_engine_computes_the_layer_and_has_a_record(bench, tmp_path, capsy
     assert all(r["ratio"] == 1 for r in dense)
     assert "| sslc | int8 |" in capsys.readouterr().out
     assert (tmp_path / "a.png").stat().st_size > 0
+    bench(f"--show {file}".split())
+    assert "| sslc | int8 |" in capsys.readouterr().out
 
 
 def test_a_rank_beyond_the_budget_is_refused(bench, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cpu_bench.layers import Record
 from cpu_bench.models import ModelRecord
@@ -18,6 +19,12 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return f"{fields.get('model name')}, family {fields.get('cpu family')} model {fields.get('model')}"
+
+
+def record(row: dict[str, Any]) -> Record | ModelRecord:
+    """A record from a row of a --json file."""
+    kind = ModelRecord if "model" in row else Record
+    return kind(**{name: row[name] for name in kind.__dataclass_fields__})
 
 
 def lines(records: Sequence[Record | ModelRecord]) -> str:

@@ -27,18 +27,15 @@ class Bandwidth:
 
     def measure(self) -> None:
         """Reads once."""
-        start = time.perf_counter()
+        clock = _clock(self._threads)
+        start = clock()
         library.read_memory(self._area.ctypes.data, self._area.nbytes, self._threads)
-        self.best = max(self.best, self._area.nbytes / (time.perf_counter() - start))
+        self.best = max(self.best, self._area.nbytes / (clock() - start))
 
 
 def turns(runs: Sequence[Callable[[], object]], rounds: int, threads: int, bandwidth: Bandwidth) -> NDArray[np.float64]:
-    """Seconds [rounds, len(runs)] of each run, in random order in each round after one that does not count.
-
-    With one thread it is the process's CPU time, so that waiting for other programs does not count; with more it is
-    wall time.
-    """
-    clock = time.process_time if threads == 1 else time.perf_counter
+    """Seconds [rounds, len(runs)] of each run, in random order in each round after one that does not count."""
+    clock = _clock(threads)
     seconds = np.empty((rounds, len(runs)))
     order = np.random.default_rng(0)
     for run in runs:
@@ -52,3 +49,8 @@ def turns(runs: Sequence[Callable[[], object]], rounds: int, threads: int, bandw
             seconds[round_, i] = clock() - start
         bandwidth.measure()
     return seconds
+
+
+def _clock(threads: int) -> Callable[[], float]:
+    """With one thread the process's CPU time, so that waiting for other programs does not count; else wall time."""
+    return time.process_time if threads == 1 else time.perf_counter
