@@ -56,8 +56,9 @@ def test_a_rank_beyond_the_budget_is_refused(bench, capsys):
     assert "rank 40 alone needs more" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_is_built_once_and_timed_in_both_phases(bench, tmp_path, capsys):
-    model = save_tiny(tmp_path / "tiny", "llama", vocab_size=1000, max_position_embeddings=256)
+    model = save_tiny(tmp_path / "tiny", "llama", vocab_size=1000, max_position_embeddings=256, num_hidden_layers=1)
     file = tmp_path / "out.json"
     arguments = (
         f"--model {model} --work {tmp_path / 'work'} --prefill 160 --threads 1 --rounds 2 --values f32 --json {file}"

@@ -93,9 +93,7 @@ def build_models(source: Path, work: Path, values: Sequence[str], note: Callable
         path = work / f"sslc-{dtype}-{head}" / "engine.onnx"
         if not path.is_file():
             note(f"building ours with {dtype} values, head: {head}")
-            options = CompressOptions(
-                "magnitude", 0.5, "params", "uniform", values_dtype=dtype, head=head, overwrite=True
-            )
+            options = CompressOptions("magnitude", 0.5, "params", "uniform", values_dtype=dtype, head=head)
             compress_model(source, path.with_suffix(""), options)
             lower(path.with_suffix(""), path)
         built.append(Built("sslc", dtype, "lm_head in int8" if head == "int8" else "lm_head dense", path))
