@@ -2,7 +2,6 @@
 
 import json
 
-import jsonschema
 import pytest
 
 from compress.options import CompressOptions
@@ -11,7 +10,6 @@ from sslc_export.cli.export import main
 from sslc_export.machine import Machine, measure_machine
 from sslc_export.prediction import HEADER, Part, Prediction, predict_build, predict_checkpoint
 from tests.compress.models import save_tiny
-from validate.document import schema
 
 MACHINE = Machine(bandwidth=30e9, peak=200e9, threads=2, kernel="avx512")
 QUICK = ["--held-out-tokens", "512", "--latency-seconds", "0.2", "--threads", "1", "--prefill-tokens", "16"]
@@ -75,16 +73,6 @@ def test_the_command_prints_a_table_and_writes_nothing(tiny_folder, tmp_path, ca
     assert "whole model" in shown
     assert list(tmp_path.iterdir()) == []
     assert main(["--model", str(tiny_folder), "--out", str(tmp_path / "engine.plan"), "--predict-only"]) == 2
-
-
-def test_the_verdict_has_predicted_beside_measured(tiny_folder, text_file, tmp_path):
-    out = tmp_path / "engine.onnx"
-    how = ["--budget", "0.8", "--method", "magnitude", "--allocation", "uniform"]
-    main(["--model", str(tiny_folder), "--out", str(out), "--held-out", str(text_file), *how, *QUICK])
-    verdict = json.loads((tmp_path / "report" / "verdict.json").read_bytes())
-    jsonschema.validate(verdict, schema())
-    assert set(verdict["engine"]["predicted_speedup"]) == {"prefill", "decode"}
-    assert "Predicted speed" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_slower_layers_stay_dense_unless_they_are_wanted(tiny_folder, tmp_path, monkeypatch, capsys):
