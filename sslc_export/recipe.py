@@ -147,6 +147,14 @@ class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
     reference: str | None = Field(
         None, description="the dense model to compare with, where --model is compressed already"
     )
+    predict_only: bool = Field(
+        False, description="for .onnx: print the bytes and the speed that this build would bring here, and stop"
+    )
+    compress_slower: bool = Field(
+        False,
+        description="for .onnx: compress layers, too, that are predicted to decode slower than dense ones; they are "
+        "still smaller",
+    )
     skip_validation: bool = Field(False, description="only build; nothing is proven about the engine")
 
 

@@ -141,7 +141,7 @@ def layer_records(checkpoint: Path) -> list[LayerRecord]:
 
     report = _report(checkpoint)
     rows = report["layers"] + ([report["head"]] if report["head"] else [])
-    names = ("name", "rank", "density", "bytes", "dense_bytes", "error")
+    names = ("name", "rank", "density", "bytes", "dense_bytes", "error", "dense_reason")
     return [LayerRecord(**{name: row[name] for name in names}) for row in rows]
 
 

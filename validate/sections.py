@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from validate.attribution import Attribution
@@ -52,6 +52,8 @@ def sections(verdict: Verdict) -> list[Section]:
         parts.append(Section("Where errors come from", _attribution(results.attribution)))
     if results.latency:
         parts.append(Section("Latency", _latency(results.latency)))
+    if results.latency and results.engine.predicted_speedup:
+        parts.append(Section("Predicted speed", [_prediction(results.latency, results.engine.predicted_speedup)]))
     if results.skipped:
         parts.append(Section("Not measured", [Table(("what", "why"), list(results.skipped.items()))]))
     if results.layers:
@@ -162,9 +164,18 @@ def _latency(latency: Latency) -> list[Block]:
     return [Table(header, rows, right=True), *notes]
 
 
+def _prediction(latency: Latency, predicted: Mapping[str, float]) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for name, phase in (("prefill", latency.prefill), ("decode", latency.decode)):
+        measured = phase.speedup
+        off = f"{predicted[name] / measured.median - 1:+.0%}" if measured else MISSING
+        rows.append((name, f"{predicted[name]:.2f}×", f"{measured.median:.2f}×" if measured else MISSING, off))
+    return Table(("", "predicted", "measured", "off by"), rows, right=True)
+
+
 def _layers(results: Results) -> Table:
-    header = ("layer", "rank", "density", "MB", "dense MB", "held-out error")
-    rows = [
+    header: tuple[str, ...] = ("layer", "rank", "density", "MB", "dense MB", "held-out error", "dense because")
+    rows: list[tuple[str, ...]] = [
         (
             layer.name,
             str(layer.rank),
@@ -172,9 +183,12 @@ def _layers(results: Results) -> Table:
             f"{layer.bytes / 1e6:.2f}",
             f"{layer.dense_bytes / 1e6:.2f}",
             MISSING if layer.error is None else f"{layer.error:.4f}",
+            layer.dense_reason or MISSING,
         )
         for layer in results.layers
     ]
+    if not any(layer.dense_reason for layer in results.layers):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return Table(header, rows, right=True)
 
 
