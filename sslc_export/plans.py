@@ -130,7 +130,7 @@ def _examine(
     path: Path, record: dict[str, Any], twin: LoweringReport | None
 ) -> tuple[Path | None, SizeLedger, EngineRecord]:
     """Checks a plan's structure and builds its dense twin; returns the twin's plan, the sizes, the record's facts."""
-    from sslc_export.record import record_path
+    from sslc_export.record import build_facts, record_path
 
     described = record["tensorrt"]
     _require_structure(path, described, Checkpoint.open(path.parent / record["checkpoint"]))
@@ -142,7 +142,13 @@ def _examine(
         engine=Bytes(dense.size.total if dense else None, described["size"]["total"]),
         layers=Bytes(dense_layers, sum(layer["nbytes"] for layer in layers)),
     )
-    about = EngineRecord(path.name, len(layers), len(described["dense_layers"]), str(record_path(path)))
+    about = EngineRecord(
+        path.name,
+        len(layers),
+        len(described["dense_layers"]),
+        str(record_path(path)),
+        build=build_facts(record, path.parent / record["checkpoint"]),
+    )
     return dense.path if dense else None, sizes, about
 
 

@@ -12,6 +12,7 @@ import psutil
 _PACKAGES = ("sslc-export", "numpy", "torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _CPUINFO = Path("/proc/cpuinfo")
+_CORES = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,17 @@ def cpu_clock() -> CpuClock:
     guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
     own = psutil.Process().cpu_times()
     return CpuClock(everyone=sum(times) - idle - guest, own=own.user + own.system)
+
+
+def clock_frequency() -> float | None:
+    """Of the cores that this process may use, now, in MHz; the mean of them, or None if it is not known."""
+    # psutil.cpu_freq is None or missing where there is nothing to read; virtual machines may show a constant.
+    cores = psutil.cpu_freq(percpu=True) if hasattr(psutil, "cpu_freq") else []
+    usable = [cores[index].current for index in affinity() if index < len(cores)]
+    return sum(usable) / len(usable) if usable else None
+
+
+def throttle_count() -> int | None:
+    """How often the cores slowed themselves down for heat since the machine started; None if it is not known."""
+    counters = list(_CORES.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))
+    return sum(int(counter.read_text()) for counter in counters) if counters else None

@@ -6,9 +6,11 @@ import html
 import re
 from importlib import resources
 
-from validate.latency import COMPRESSED, DENSE, Latency
+from validate.blocks import Block, Table
+from validate.latency import Latency
 from validate.plots import bars, distributions, scatter
-from validate.sections import Block, Section, Table, sections
+from validate.sampler import COMPRESSED, DENSE
+from validate.sections import Section, sections
 from validate.summary import headline
 from validate.verdict import Results, Verdict
 
@@ -63,7 +65,8 @@ def _section(section: Section, results: Results) -> str:
     drawn = plots[section.title](results) if section.title in plots else ""
     blocks = "\n".join(_block(block) for block in section.blocks)
     if section.title not in _OPEN:
-        blocks = f"<details{'' if drawn else ' open'}><summary>all figures</summary>\n{blocks}\n</details>"
+        folded = drawn or section.title == "Build record"
+        blocks = f"<details{'' if folded else ' open'}><summary>all figures</summary>\n{blocks}\n</details>"
     title = f"<h2>{html.escape(section.title)}</h2>\n" if section.title else ""
     return f"<section>\n{title}{drawn}{blocks}\n</section>"
 
@@ -80,7 +83,7 @@ def _block(block: Block) -> str:
 def _inline(text: str) -> str:
     """Escapes, then marks `code` and **strong** words; outcomes get their colour."""
     text = html.escape(text)
-    if text in ("passed", "regression", "inconclusive", "better", "same", "worse"):
+    if text in ("passed", "regression", "inconclusive", "better", "same", "worse", "unclear"):
         return f'<span class="{text}">{text}</span>'
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", re.sub(r"`(.+?)`", r"<code>\1</code>", text))
 

@@ -61,6 +61,7 @@ class Limits(_Checked):
         min_top1_agreement: Share of positions with the same most likely token, near-ties forgiven.
         max_layer_error: Relative L2 of a compressed layer alone, in lowering or kernel, in the worst layer.
         max_perplexity_ratio: Held-out perplexity over the dense model's.
+        min_harness_recovery: Score over the dense engine's in lm-evaluation-harness, for the worst of its metrics.
         min_prefill_speedup: Dense over compressed time of a prefill.
         min_decode_speedup: Dense over compressed time of a decode step.
         max_size_ratio: Engine bytes over the dense engine's.
@@ -70,6 +71,7 @@ class Limits(_Checked):
     min_top1_agreement: Limit | None = None
     max_layer_error: Limit = Limit(value=DEFAULT_RELATIVE_L2)
     max_perplexity_ratio: Limit | None = None
+    min_harness_recovery: Limit | None = None
     min_prefill_speedup: Limit | None = None
     min_decode_speedup: Limit | None = None
     max_size_ratio: Limit | None = None

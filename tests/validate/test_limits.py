@@ -49,7 +49,7 @@ def test_the_documented_limits_file_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("max_perplexty_ratio: 1.4", ["unknown limit", "max_perplexty_ratio", "max_perplexity_ratio, min_prefill"]),
+        ("max_perplexty_ratio: 1.4", ["unknown limit", "max_perplexty_ratio", "max_perplexity_ratio, min_harness"]),
         ("max_size_ratio: {value: 1, why: x}", ["unknown limit", "max_size_ratio.why"]),
         ("max_size_ratio: {reason: x}", ["max_size_ratio"]),
         ("max_size_ratio: abc", ["max_size_ratio", "abc", "number"]),
