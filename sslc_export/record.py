@@ -126,13 +126,13 @@ def engine_record(record: dict[str, Any], engine: OnnxRuntimeEngine, path: Path)
     from validate.verdict import EngineRecord
 
     return EngineRecord(
-        name=record["engine"],
+        name=path.name,  # the record may be of a plan, too, that this graph stands beside
         kernel_layers=engine.kernel_layers,
         dense_layers=engine.dense_layers,
         build_record=str(record_path(path)),
         kernel=engine.kernel,
         fallback_reason=engine.fallback_reason,
-        build=build_facts(record, path.parent / record["checkpoint"]),
+        build=build_facts({**record, "runtime": "onnxruntime"}, path.parent / record["checkpoint"]),
     )
 
 

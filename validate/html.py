@@ -43,11 +43,12 @@ def _tiles(results: Results) -> str:
     if results.latency:
         for name, phase in (("decode", results.latency.decode), ("prefill", results.latency.prefill)):
             if phase.speedup:
-                interval = f"{phase.speedup.low:.2f} to {phase.speedup.high:.2f}"
+                interval = f"{phase.speedup.low:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{phase.speedup.high:.2f}"
                 tiles.append((name, f"{phase.speedup.median:.2f}×", f"as fast ({interval})"))
     if results.accuracy and results.accuracy.ratio:
         ratio = results.accuracy.ratio
-        tiles.append(("perplexity", _number(f"{ratio.ratio:.3f}×"), f"the dense model's, ± {ratio.standard_error:.3f}"))
+        error = f"±\N{NO-BREAK SPACE}{ratio.standard_error:.3f}"
+        tiles.append(("perplexity", _number(f"{ratio.ratio:.3f}×"), f"the dense one's {error}"))
     if results.numerics:
         tiles.append(("logits", _number(f"{results.numerics.relative_l2:.1e}"), "relative L2 to PyTorch"))
     cells = (

@@ -36,18 +36,18 @@ def sections(verdict: Verdict) -> list[Section]:
     ]
     if results.baseline:
         parts.append(Section("Since the baseline", [_baseline(results)]))
-    if results.numerics:
-        parts.append(Section("Numerics", _numerics(results.numerics)))
-    if results.attribution:
-        parts.append(Section("Where errors come from", _attribution(results.attribution)))
-    if results.harness:
-        parts.append(Section("Zero-shot accuracy", _harness(results.harness)))
-    if results.latency:
-        parts.append(Section("Latency", latency_blocks(results.latency)))
     if results.skipped:
         parts.append(Section("Not measured", [Table(("what", "why"), list(results.skipped.items()))]))
+    if results.latency:
+        parts.append(Section("Latency", latency_blocks(results.latency)))
     if results.layers:
         parts.append(Section("Layers", [_layers(results)]))
+    if results.attribution:
+        parts.append(Section("Where errors come from", _attribution(results.attribution)))
+    if results.numerics:
+        parts.append(Section("Numerics", _numerics(results.numerics)))
+    if results.harness:
+        parts.append(Section("Zero-shot accuracy", _harness(results.harness)))
     if results.engine.build:
         parts.append(Section("Build record", build_blocks(results.engine.build)))
     parts.append(Section("Environment", [environment_table(results)]))

@@ -63,9 +63,12 @@ def summary_table(verdict: Verdict) -> list[tuple[str, str, str, str]]:
         rows += [_score_row(score) for score in results.harness.scores if score.metric in ("acc", "exact_match")]
     if results.latency:
         options = results.latency.options
-        first = f"time to the first token, prefill of {options.prefill_tokens}"
-        rows += _speed_rows(first, results.latency.prefill)
-        rows += _speed_rows(f"decode after {options.decode_context} tokens", results.latency.decode)
+        rows += _speed_rows(
+            f"time to the first token, after {options.prefill_tokens}", "prefill, tokens/s", results.latency.prefill
+        )
+        rows += _speed_rows(
+            f"time of a further one, after {options.decode_context}", "decode, tokens/s", results.latency.decode
+        )
     return rows
 
 
@@ -95,15 +98,15 @@ def _plus_minus(standard_error: float | None, digits: int) -> str:
     return f" ± {standard_error:.{digits}f}" if known else ""
 
 
-def _speed_rows(name: str, phase: PhaseLatency) -> list[tuple[str, str, str, str]]:
+def _speed_rows(name: str, rate_name: str, phase: PhaseLatency) -> list[tuple[str, str, str, str]]:
     def time(engine: str) -> str:
         return f"{phase.engines[engine].median * 1e3:.2f} ms" if engine in phase.engines else MISSING
 
     def rate(engine: str) -> str:
-        return f"{phase.tokens_per_second(engine):.1f} tokens/s" if engine in phase.engines else MISSING
+        return f"{phase.tokens_per_second(engine):.1f}" if engine in phase.engines else MISSING
 
     speedup = phase.speedup
     against = f"{speedup.median:.2f}× as fast ({speedup.low:.2f} to {speedup.high:.2f})" if speedup else MISSING
     if speedup and not phase.gate.stable:
         against += ", unstable"
-    return [(name, time(DENSE), time(COMPRESSED), against), ("", rate(DENSE), rate(COMPRESSED), "")]
+    return [(name, time(DENSE), time(COMPRESSED), against), (rate_name, rate(DENSE), rate(COMPRESSED), "")]

@@ -128,3 +128,8 @@ def test_what_was_not_measured_is_inconclusive():
     result = not_measured("name", "path", Limit(value=1), "<=", "no dense engine was given")
     assert (result.outcome, result.value) == ("inconclusive", None)
     assert "no dense engine" in result.reason
+
+
+def test_a_value_is_shown_with_the_digits_that_decide():
+    reasons = [check_value("n", "p", value, Limit(value=1.4), "<=").reason for value in (1.3333333, 1.40001, 1.4)]
+    assert reasons == ["1.33 <= 1.4", "1.40001 is not <= 1.4", "1.4 <= 1.4"]
