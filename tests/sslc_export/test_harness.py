@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -23,23 +20,11 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from scripts.bench_harness import TASK, questions, write_task
 from validate.harness import evaluate, load_tasks
 from validate.harness_model import EngineLM
 
 LENGTH = 128
-CHOICES = """\
-task: continuation
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{context}}"
-doc_to_target: "{{answer}}"
-doc_to_choice: "{{choices}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
 ROLLING = """\
 task: whole_text
 dataset_path: json
@@ -65,29 +50,6 @@ metric_list:
 """
 
 
-def choices(text: str, number: int, words: int = 12, answer: int = 6) -> list[dict]:
-    """Questions about text: which of four passages goes on where the context stops?"""
-    random, all_words = np.random.default_rng(0), text.split()
-    pieces = [all_words[at : at + words + answer] for at in range(0, len(all_words) - words - answer, words + answer)]
-    rows = []
-    for index in random.permutation(len(pieces))[:number]:
-        others = random.choice(np.delete(np.arange(len(pieces)), index), 3, replace=False)
-        endings = [" " + " ".join(pieces[which][words:]) for which in (index, *others)]
-        order = random.permutation(4)
-        context = " ".join(pieces[index][:words])
-        rows.append(
-            {"context": context, "choices": [endings[i] for i in order], "answer": int(np.flatnonzero(order == 0)[0])}
-        )
-    return rows
-
-
-def write_task(folder: Path, name: str, task: str, rows: list[dict]) -> str:
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / f"{name}.yaml").write_text(task.replace("DATA", str(data)))
-    return str(folder / f"{name}.yaml")
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_folder, tmp_path_factory):
     """(transformers' model, its tokenizer, the engine) of a compressed model that is not quite the dense one."""
@@ -103,13 +65,13 @@ def tiny(tiny_folder, tmp_path_factory):
 def tasks(text_file, tmp_path_factory):
     text = text_file.read_text()
     folder = tmp_path_factory.mktemp("tasks")
-    questions = choices(text, 12)
-    questions[0]["context"] = "word " * 60 + questions[0]["context"]  # longer than the model may look back
-    questions[1]["choices"] = ["a", "b", "c", "d"]  # of one token
+    rows = questions(text, 12, words=12)
+    rows[0]["context"] = "word " * 60 + rows[0]["context"]  # longer than the model may look back
+    rows[1]["choices"] = ["a", "b", "c", "d"]  # of one token
     return {
-        "continuation": write_task(folder, "continuation", CHOICES, questions),
+        "continuation": write_task(folder, "continuation", TASK, rows),
         "whole_text": write_task(folder, "whole_text", ROLLING, [{"text": text[:400]}, {"text": "Short."}]),
-        "copied": write_task(folder, "copied", GENERATED, questions[1:5]),
+        "copied": write_task(folder, "copied", GENERATED, rows[1:5]),
     }
 
 
