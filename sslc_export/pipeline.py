@@ -248,6 +248,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 sizes=opened.sizes,
                 record=opened.about,
                 layers=layer_records(checkpoint),
+                skip=_left_out(latency, largest_batch, recipe),
                 progress=console.progress,
             )
 
@@ -331,6 +332,13 @@ def _latency_options(longest: int, largest_batch: int | None, recipe: ValidateRe
         prefill_seconds=0.6 * recipe.latency_seconds,
         decode_seconds=0.4 * recipe.latency_seconds,
     )
+
+
+def _left_out(latency: LatencyOptions, largest_batch: int | None, recipe: ValidateRecipe) -> dict[str, str]:
+    """Why batch sizes that were asked for are not measured."""
+    if len(latency.sweep) == len(recipe.batches):
+        return {}
+    return {"latency.sweep": f"the engine takes at most {largest_batch} sequences at a time (--max-batch)"}
 
 
 def _longest(checkpoint: Path) -> int:

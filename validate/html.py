@@ -14,6 +14,9 @@ from validate.sections import Section, sections
 from validate.summary import headline
 from validate.verdict import Results, Verdict
 
+# A number stays on one line with its unit.
+_UNIT, _TIED = re.compile(r"(?<=\d) (?=MB|kB|ms)|(?<=±) "), "\N{NO-BREAK SPACE}"
+
 _OPEN = ("", "Limits", "Since the baseline", "Not measured")  # sections that are not folded away
 
 
@@ -48,7 +51,7 @@ def _tiles(results: Results) -> str:
     if results.accuracy and results.accuracy.ratio:
         ratio = results.accuracy.ratio
         error = f"±\N{NO-BREAK SPACE}{ratio.standard_error:.3f}"
-        tiles.append(("perplexity", _number(f"{ratio.ratio:.3f}×"), f"the dense one's {error}"))
+        tiles.append(("perplexity", _number(f"{ratio.ratio:.3f}×"), f"of dense, {error}"))
     if results.numerics:
         tiles.append(("logits", _number(f"{results.numerics.relative_l2:.1e}"), "relative L2 to PyTorch"))
     cells = (
@@ -68,6 +71,7 @@ def _section(section: Section, results: Results) -> str:
     if section.title not in _OPEN:
         folded = drawn or section.title == "Build record"
         blocks = f"<details{'' if folded else ' open'}><summary>all figures</summary>\n{blocks}\n</details>"
+    drawn = f'<div class="plots">{drawn}</div>\n' if drawn else ""
     title = f"<h2>{html.escape(section.title)}</h2>\n" if section.title else ""
     return f"<section>\n{title}{drawn}{blocks}\n</section>"
 
@@ -76,7 +80,9 @@ def _block(block: Block) -> str:
     if not isinstance(block, Table):
         return f"<p>{_inline(block)}</p>"
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.header)
-    rows = "\n".join("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td>{_UNIT.sub(_TIED, _inline(cell))}</td>" for cell in row) + "</tr>" for row in block.rows
+    )
     kind = ' class="figures"' if block.right else ""
     return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 150, 44, 20
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 480, 150, 38, 20
 
 
-def distributions(title: str, samples: Mapping[str, Sequence[float]], bins: int = 60) -> str:
+def distributions(title: str, samples: Mapping[str, Sequence[float]]) -> str:
     """Histograms of several samples over one axis, each with its median; 1 % at both ends is left out."""
     everything = np.concatenate([np.asarray(values) for values in samples.values()])
+    bins = int(np.clip(3 * math.sqrt(len(everything)), 12, 60))
     low, high = (float(x) for x in np.quantile(everything, (0.01, 0.99)))
     if high <= low:
         low, high = low * 0.99, low * 1.01 + 1e-9

@@ -57,7 +57,7 @@ def validate(
     sizes: SizeLedger | None = None,
     record: EngineRecord | None = None,
     layers: Sequence[LayerRecord] = (),
-    skip: Mapping[Stage, str] | None = None,
+    skip: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> Verdict:
     """Judges an engine.
@@ -76,14 +76,14 @@ def validate(
         sizes: The size ledger.
         record: What the build record says about the engine.
         layers: The compression report.
-        skip: Stages not to run, each with the reason.
+        skip: Stages not to run, or parts of them that the caller left out ("latency.sweep"), each with the reason.
         progress: Wraps the loops that take long.
 
     Raises:
         InputError: the engines or the texts do not belong together.
     """
     limits, options, sizes = limits or Limits(), options or Options(), sizes or SizeLedger()
-    skipped: dict[str, str] = {str(stage): reason for stage, reason in (skip or {}).items()}
+    skipped = dict(skip or {})
     if text is None and held_out is not None:
         text = held_out[:_TEXT_ROWS]
 

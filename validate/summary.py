@@ -46,7 +46,7 @@ def summary_table(verdict: Verdict) -> list[tuple[str, str, str, str]]:
             ("compressed layers alone", size.layers),
             ("checkpoint", size.checkpoint),
             ("resident memory", size.memory),
-            ("of it mapped files", size.mapped),
+            ("of it, mapped files", size.mapped),
             ("memory on the GPU", size.gpu),
         )
         if both.dense is not None or both.compressed is not None
@@ -64,11 +64,9 @@ def summary_table(verdict: Verdict) -> list[tuple[str, str, str, str]]:
     if results.latency:
         options = results.latency.options
         rows += _speed_rows(
-            f"time to the first token, after {options.prefill_tokens}", "prefill, tokens/s", results.latency.prefill
+            f"first token, after a prompt of {options.prefill_tokens}", "prefill, tokens/s", results.latency.prefill
         )
-        rows += _speed_rows(
-            f"time of a further one, after {options.decode_context}", "decode, tokens/s", results.latency.decode
-        )
+        rows += _speed_rows(f"next token, after {options.decode_context}", "decode, tokens/s", results.latency.decode)
     return rows
 
 

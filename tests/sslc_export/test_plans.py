@@ -139,7 +139,9 @@ def test_where_a_gpu_is_the_plan_is_validated_in_full(built, tiny_folder, text_f
     assert verdict["limits"][0]["limit"] == 0.02
     assert (verdict["size"]["gpu"]["dense"], verdict["size"]["gpu"]["compressed"]) == (1000, 1000)
     assert verdict["size"]["kv_cache"]["ratio"] == 1.0
-    assert verdict["latency"]["sweep"] == []  # the plan takes one sequence
+    assert verdict["latency"]["sweep"] == []
+    reasons = {skipped["what"]: skipped["reason"] for skipped in verdict["skipped"]}
+    assert "at most 1 sequences" in reasons["latency.sweep"]
     assert verdict["engine"]["build"]["tensorrt"]["activations"] == "f16"
 
 

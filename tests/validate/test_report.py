@@ -119,13 +119,13 @@ def test_the_summary_is_one_table_of_text():
         ("compressed layers alone", "424.0 MB", "231.0 MB", "0.545×"),
         ("checkpoint", "538.0 MB", "345.1 MB", "0.641×"),
         ("resident memory", "–", "400.0 MB", "–"),
-        ("of it mapped files", "–", "310.0 MB", "–"),
+        ("of it, mapped files", "–", "310.0 MB", "–"),
         ("key-value cache, per token", "46.1 kB", "46.1 kB", "1.000×"),
         ("perplexity (16352 tokens)", "12.40 ± 0.61", "16.50 ± 0.61", "1.330× ± 0.012"),
         ("arc_easy, acc", "0.560 ± 0.035", "0.520 ± 0.035", "0.929× ± 0.020"),
-        ("time to the first token, after 512", "600.00 ms", "625.00 ms", "0.96× as fast (0.94 to 0.98)"),
+        ("first token, after a prompt of 512", "600.00 ms", "625.00 ms", "0.96× as fast (0.94 to 0.98)"),
         ("prefill, tokens/s", "853.3", "819.2", ""),
-        ("time of a further one, after 128", "22.50 ms", "15.00 ms", "1.50× as fast (1.48 to 1.52)"),
+        ("next token, after 128", "22.50 ms", "15.00 ms", "1.50× as fast (1.48 to 1.52)"),
         ("decode, tokens/s", "44.4", "66.7", ""),
     ]
     assert all(len(row) == len(SUMMARY_HEADER) for verdict in VERDICTS.values() for row in summary_table(verdict))
