@@ -77,7 +77,7 @@ def scatter(title: str, names: Sequence[str], series: Mapping[str, Sequence[floa
 
 
 def _figure(title: str, drawn: Sequence[str], legend: Mapping[str, str] | None = None) -> str:
-    keys = "".join(f'<span class="{kind}">{html.escape(name)}</span>' for name, kind in (legend or {}).items())
+    keys = " ".join(f'<span class="{kind}">{html.escape(name)}</span>' for name, kind in (legend or {}).items())
     axis = f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{_HEIGHT}" y2="{_HEIGHT}"/>'
     return (
         f'<figure><figcaption>{html.escape(title)} <span class="legend">{keys}</span></figcaption>'
