@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-_PACKAGES = ("sslc-export", "numpy", "torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
+_PACKAGES = (
+    "sslc-export",
+    "numpy",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "lm_eval",
+)
+_GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks_throttle_reasons.active")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _CPUINFO = Path("/proc/cpuinfo")
 _CORES = Path("/sys/devices/system/cpu")
@@ -29,6 +42,7 @@ class Environment:
         load_average: Runnable threads of the whole machine, averages over 1, 5 and 15 minutes.
         memory_bytes: Of the machine.
         versions: Python and the packages that are installed.
+        gpus: Name, driver, clocks and reasons for throttling of each, as nvidia-smi says them; empty without one.
     """
 
     machine: str
@@ -40,6 +54,7 @@ class Environment:
     load_average: tuple[float, ...]
     memory_bytes: int
     versions: dict[str, str]
+    gpus: tuple[str, ...] = ()
 
 
 def describe() -> Environment:
@@ -54,6 +69,7 @@ def describe() -> Environment:
         load_average=tuple(round(load, 2) for load in psutil.getloadavg()),
         memory_bytes=psutil.virtual_memory().total,
         versions=_versions(),
+        gpus=_gpus(),
     )
 
 
@@ -62,6 +78,15 @@ def affinity() -> tuple[int, ...]:
     # macOS has no affinity: all cores there.
     process = psutil.Process()
     return tuple(process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(psutil.cpu_count() or 1))
+
+
+def _gpus() -> tuple[str, ...]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    command = [program, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return tuple(line.strip() for line in said.stdout.splitlines()) if said.returncode == 0 else ()
 
 
 def _cpu() -> str:

@@ -41,6 +41,7 @@ def environment_table(results: Results) -> Table:
         "machine": here.machine,
         "processor": f"{here.cpu}, {here.logical_cores} cores, of which this process may use {len(here.affinity)}",
         "affinity": f"cores {cores}",
+        "GPUs": "; ".join(here.gpus) or "none that nvidia-smi knows",
         "memory": f"{here.memory_bytes / 2**30:.1f} GiB",
         "governor": here.governor or "cannot be read",
         "load average": ", ".join(f"{load:.2f}" for load in here.load_average),
