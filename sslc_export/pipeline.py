@@ -33,12 +33,20 @@ if TYPE_CHECKING:
     from sslc_export.record import Opened
     from validate.latency import LatencyOptions
     from validate.limits import Limits
+    from validate.run import Scorer
     from validate.verdict import EngineRecord, Verdict
 
 DATA = Path(__file__).parent / "data"
 
 HEAD = "lm_head"  # in every supported architecture
-_LIMITS = ("max_perplexity_ratio", "min_decode_speedup", "min_prefill_speedup", "max_size_ratio")
+_LIMITS = (
+    "max_perplexity_ratio",
+    "min_harness_recovery",
+    "min_decode_speedup",
+    "min_prefill_speedup",
+    "max_size_ratio",
+)
+_HARNESS_LENGTH = 2048  # tokens of a harness request, where the model can; what HFLM takes where it does not know
 _EXPLAIN_TOKENS = 64
 _HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
 _INT8_TOLERANCE = 1e-3  # 2e-5 were seen in a layer, 2e-4 in the logits of tiny models; a fault is far above it
@@ -265,10 +273,11 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     limits = load_limits(Path(recipe.limits) if recipe.limits else None, recipe.model_dump(include=set(_LIMITS)))
     record = read_record(path)
     checkpoint = path.parent / record["checkpoint"]
-    longest = _longest(checkpoint)
+    longest, largest_batch = _longest(checkpoint), None
     if path.suffix == ".plan":
         longest = min(longest, record["tensorrt"]["shapes"]["prefill"])
-    latency = _latency_options(longest, recipe)
+        largest_batch = record["tensorrt"]["shapes"]["batch"]
+    latency = _latency_options(longest, largest_batch, recipe)
     held_out = read_tokens(
         recipe.held_out or [str(DATA / "held_out.txt")],
         checkpoint,
@@ -279,6 +288,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     )
     if dense is not None:
         _require_same_tokenizer(checkpoint, dense, held_out)
+    harness = _harness(checkpoint, min(_HARNESS_LENGTH, longest), recipe)
     # The dense twin is lowered where the engine is: there is space, and its weights may be large for /tmp.
     with tempfile.TemporaryDirectory(prefix=".dense-", dir=path.parent) as folder:
         twin = None
@@ -303,12 +313,14 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 reference=TorchEngine(model),
                 probes=None if path.suffix == ".plan" else partial(_probes, path, model, dense, recipe.threads),
                 held_out=np.asarray(held_out),
+                harness=harness,
                 text=np.asarray(held_out)[: opened.batch],
                 limits=limits,
                 options=Options(NumericsOptions(padded_rows=opened.batch), latency),
                 sizes=opened.sizes,
                 record=opened.about if twin is None else _with_prediction(opened.about, checkpoint, recipe.threads),
                 layers=layer_records(checkpoint),
+                skip=_left_out(latency, largest_batch, recipe),
                 progress=console.progress,
             )
 
@@ -323,6 +335,20 @@ def _with_prediction(about: EngineRecord, checkpoint: Path, threads: int | None)
     predicted = predict_checkpoint(checkpoint, measure_machine(threads))
     speedups = {"decode": predicted.decode_speedup, "prefill": predicted.prefill_speedup}
     return replace(about, predicted_speedup=speedups)
+
+
+def _harness(checkpoint: Path, longest: int, recipe: ValidateRecipe) -> Scorer | None:
+    """Loads the harness's tasks, so that what is missing is missed before minutes of measuring."""
+    if not recipe.harness_tasks:
+        return None
+    from transformers import AutoTokenizer
+
+    from validate.harness import evaluate, load_tasks
+
+    with console.stage(f"load {', '.join(recipe.harness_tasks)}"):
+        tasks = load_tasks(recipe.harness_tasks, recipe.harness_samples)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return partial(evaluate, tokenizer=tokenizer, tasks=tasks, max_length=longest, progress=console.progress)
 
 
 def _limits_of_int8(limits: Limits, checkpoint: Path) -> Limits:
@@ -377,7 +403,7 @@ def _open_engines(path: Path, record: dict[str, Any], twin: LoweringReport | Non
     return Opened(engine, dense, sizes, engine_record(record, engine, path))
 
 
-def _latency_options(longest: int, recipe: ValidateRecipe) -> LatencyOptions:
+def _latency_options(longest: int, largest_batch: int | None, recipe: ValidateRecipe) -> LatencyOptions:
     from validate.latency import LatencyOptions
 
     prefill = recipe.prefill_tokens or min(LatencyOptions.prefill_tokens, longest)
@@ -386,9 +412,17 @@ def _latency_options(longest: int, recipe: ValidateRecipe) -> LatencyOptions:
     return LatencyOptions(
         prefill_tokens=prefill,
         decode_context=min(LatencyOptions.decode_context, longest - 1),
+        sweep=tuple(batch for batch in recipe.batches if largest_batch is None or batch <= largest_batch),
         prefill_seconds=0.6 * recipe.latency_seconds,
         decode_seconds=0.4 * recipe.latency_seconds,
     )
+
+
+def _left_out(latency: LatencyOptions, largest_batch: int | None, recipe: ValidateRecipe) -> dict[str, str]:
+    """Why batch sizes that were asked for are not measured."""
+    if len(latency.sweep) == len(recipe.batches):
+        return {}
+    return {"latency.sweep": f"the engine takes at most {largest_batch} sequences at a time (--max-batch)"}
 
 
 def _longest(checkpoint: Path) -> int:

@@ -48,6 +48,7 @@ class OnnxRuntimeEngine:
         name: How reports call it.
         vocab_size: Width of the logits.
         num_layers: Decoder blocks.
+        kv_cache_bytes: Of one token of one sequence, in all layers.
         threads: Threads that one operator may use.
         kernel: What runs the compressed layers: "avx512", "avx2" or "portable" for our kernel, "function" for the
             ONNX body, "none" if the model has no compressed layers.
@@ -94,11 +95,13 @@ class OnnxRuntimeEngine:
         if file is not None and self.kernel_layers != len(ours):
             raise RuntimeError(f"{self.kernel_layers} of {len(ours)} compressed layers run in {file}")
 
-        outputs = self._session.get_outputs()
-        self._outputs = [output.name for output in outputs]
-        self._past = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
-        self.vocab_size: int = outputs[0].shape[2]
+        self._past = [i for i in self._session.get_inputs() if i.name.startswith(names.PAST)]
+        # By name, whatever the order in the graph.
+        self._outputs = [names.LOGITS, *(names.present(past.name) for past in self._past)]
+        shapes = {output.name: output.shape for output in self._session.get_outputs()}
+        self.vocab_size: int = shapes[names.LOGITS][2]
         self.num_layers = len(self._past) // 2
+        self.kv_cache_bytes = sum(past.shape[1] * past.shape[3] * 4 for past in self._past)  # float32
 
     def run(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, cache: Any = None
