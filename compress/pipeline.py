@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def compress_model(
     options: CompressOptions,
     *,
     tokens: Tensor | None = None,
+    kept_dense: Mapping[str, str] | None = None,
     progress: Progress = no_progress,
 ) -> CompressReport:
     """Compresses the linear layers of a model's decoder blocks and writes a checkpoint (docs/format.md).
@@ -59,6 +61,7 @@ def compress_model(
         out: Folder to write. Must not hold anything else, unless `options.overwrite`.
         options: What to do.
         tokens: int64 [n, L], calibration sequences instead of `options.calibration`.
+        kept_dense: Layers that stay dense for reasons that `options` does not know, by full name, and the reasons.
         progress: Wraps the loops over weights to check and over blocks.
 
     Returns:
@@ -72,6 +75,7 @@ def compress_model(
     source, out = Path(source), Path(out)
     dense = Source.open(source)
     plans = plan_model(dense, options)
+    plans |= {name: LayerPlan(dense_reason=reason) for name, reason in (kept_dense or {}).items()}
     tokens = _calibration_tokens(dense, options, tokens)
     solving = 0
     if tokens is not None:
@@ -82,6 +86,8 @@ def compress_model(
         "calibration": None if tokens is None else fingerprint(tokens),
         "options": options.what_decides(),
     }
+    if kept_dense:
+        identity["kept_dense"] = dict(kept_dense)
     if not options.overwrite and (done := _done_before(out, identity)):
         return done
     _require_free(source, out, options.overwrite)
