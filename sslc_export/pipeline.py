@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sslc_common.errors import PASSED, InputError
+from sslc_common.errors import PASSED, InputError, MissingError
 from sslc_common.files import atomic_path
 from sslc_export import console
 from sslc_export.model import resolve
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from compress.options import CompressOptions
     from compress.report import CompressReport
     from sslc_export.engines.probes import OnnxRuntimeProbe, TorchProbe
     from sslc_export.lowering.lower import LoweringReport
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
     from validate.latency import LatencyOptions
     from validate.limits import Limits
     from validate.run import Scorer
-    from validate.verdict import Verdict
+    from validate.verdict import EngineRecord, Verdict
 
 DATA = Path(__file__).parent / "data"
 
+HEAD = "lm_head"  # in every supported architecture
 _LIMITS = (
     "max_perplexity_ratio",
     "min_harness_recovery",
@@ -66,6 +68,10 @@ def export(recipe: ExportRecipe) -> int:
     if out.suffix != ".plan" and (recipe.target or recipe.triton):
         raise InputError("--target and --triton are for TensorRT", got=out, allowed="an --out that ends in .plan")
     source = resolve(recipe.model)
+    if out.suffix == ".plan":
+        _require_kept_head(source, recipe)
+    if recipe.predict_only:
+        return _predict(source, recipe)
     # Only now what takes seconds to import: a wrong path is answered at once.
     from sslc_export import plans
     from sslc_export.lowering.lower import lower
@@ -146,6 +152,60 @@ def require_known(engine: Path) -> None:
         )
 
 
+def _predict(source: Path, recipe: ExportRecipe) -> int:
+    """Prints what a build would bring on this machine; returns the exit code."""
+    if Path(recipe.out).suffix != ".onnx":
+        raise InputError("Only engines for CPUs are predicted", got=recipe.out, allowed="an --out that ends in .onnx")
+    from compress.format import Checkpoint
+    from sslc_export.machine import measure_machine
+    from sslc_export.prediction import HEADER, predict_build, predict_checkpoint
+
+    console.quiet_transformers()
+    machine = measure_machine(recipe.threads)
+    if Checkpoint.open(source).layers:
+        predicted = predict_checkpoint(source, machine)
+    else:
+        predicted = predict_build(source, _options(recipe), machine, compress_slower=recipe.compress_slower)
+    console.table(
+        f"{recipe.model} on this machine: {machine.threads} threads, {machine.bandwidth / 1e9:.1f} GB/s read, "
+        f"{machine.peak / 1e9:.0f} dense f32 GFLOP/s, {machine.kernel} kernel; times as fast as dense",
+        HEADER,
+        predicted.table(),
+    )
+    for reason, count in predicted.reasons().items():
+        console.note(f"dense: {count} layers, {reason}")
+    return PASSED
+
+
+def _slower(source: Path, recipe: ExportRecipe) -> dict[str, str]:
+    """Layers that our kernel on this machine is predicted to run slower than dense ones, and why."""
+    from plugins_ort import library
+    from sslc_export.machine import Machine
+    from sslc_export.prediction import predict_build
+
+    try:
+        kernel = library.kernel_name()
+    except MissingError:
+        return {}  # the ONNX body decodes S once and is then as fast as dense
+    # Which of two ways is slower depends neither on the bandwidth nor on the peak.
+    machine = Machine(bandwidth=1, peak=1, threads=1, kernel=kernel)
+    return predict_build(source, _options(recipe), machine, compress_slower=True).slower()
+
+
+def _require_kept_head(source: Path, recipe: ExportRecipe) -> None:
+    """Refuses an int8 head for TensorRT, whether asked for or in a model that is compressed already."""
+    from compress.format import Checkpoint
+
+    blocks = Checkpoint.open(source)
+    if recipe.head != "keep" or blocks.embeddings or HEAD in blocks.layers:
+        raise InputError(
+            "TensorRT plans take no int8 head",
+            got="--head int8" if recipe.head != "keep" else f"{recipe.model}, which has one",
+            allowed="a dense head, which the plan stores in 16 bits",
+            do="Leave --head out, or build an engine.onnx",
+        )
+
+
 def _compressed(source: Path, recipe: ExportRecipe, out: Path) -> tuple[Path, Path | None]:
     """The compressed folder to lower, below the engine's folder, and the dense folder if there is one.
 
@@ -156,7 +216,8 @@ def _compressed(source: Path, recipe: ExportRecipe, out: Path) -> tuple[Path, Pa
     dense = resolve(recipe.reference) if recipe.reference else None
     checkpoint = out.with_suffix("")
     if not Checkpoint.open(source).layers:
-        _compress(source, checkpoint, recipe)
+        slower = {} if out.suffix == ".plan" or recipe.compress_slower else _slower(source, recipe)
+        _compress(source, checkpoint, recipe, slower)
         return checkpoint, dense or source
     if source.resolve().is_relative_to(out.parent.resolve()):
         return source, dense
@@ -167,16 +228,27 @@ def _compressed(source: Path, recipe: ExportRecipe, out: Path) -> tuple[Path, Pa
     return checkpoint, dense
 
 
-def _compress(source: Path, out: Path, recipe: CompressRecipe) -> CompressReport:
+def _options(recipe: CompressRecipe) -> CompressOptions:
     from compress.options import CompressOptions
-    from compress.pipeline import compress_model
 
-    console.quiet_transformers()
     fields = recipe.model_dump(include=set(CompressRecipe.model_fields))
     fields["calibration"] = tuple(fields["calibration"]) or (str(DATA / "calibration.txt"),)
     fields["exclude"] = tuple(fields["exclude"])
+    return CompressOptions(**fields)
+
+
+def _compress(
+    source: Path, out: Path, recipe: CompressRecipe, kept_dense: dict[str, str] | None = None
+) -> CompressReport:
+    from compress.pipeline import compress_model
+
+    console.quiet_transformers()
+    options = _options(recipe)
+    if reason := (kept_dense or {}).pop(HEAD, None):
+        console.note(f"{HEAD} is kept as it is: {reason}")
+        options = replace(options, head="keep")
     with console.stage(f"compress {source} to {out}"):
-        report = compress_model(source, out, CompressOptions(**fields), progress=console.progress)
+        report = compress_model(source, out, options, kept_dense=kept_dense, progress=console.progress)
     console.compression(report)
     return report
 
@@ -246,11 +318,23 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 limits=limits,
                 options=Options(NumericsOptions(padded_rows=opened.batch), latency),
                 sizes=opened.sizes,
-                record=opened.about,
+                record=opened.about if twin is None else _with_prediction(opened.about, checkpoint, recipe.threads),
                 layers=layer_records(checkpoint),
                 skip=_left_out(latency, largest_batch, recipe),
                 progress=console.progress,
             )
+
+
+def _with_prediction(about: EngineRecord, checkpoint: Path, threads: int | None) -> EngineRecord:
+    """What is known of an engine, with the speed that was to be expected of it on this machine."""
+    from sslc_export.machine import measure_machine
+    from sslc_export.prediction import predict_checkpoint
+
+    if about.kernel not in ("avx512", "avx2", "portable"):
+        return about
+    predicted = predict_checkpoint(checkpoint, measure_machine(threads))
+    speedups = {"decode": predicted.decode_speedup, "prefill": predicted.prefill_speedup}
+    return replace(about, predicted_speedup=speedups)
 
 
 def _harness(checkpoint: Path, longest: int, recipe: ValidateRecipe) -> Scorer | None:

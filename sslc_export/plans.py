@@ -60,9 +60,10 @@ def build(lowered: LoweringReport, out: Path, recipe: PlanRecipe, shapes: tensor
     size = built.size
     console.note(
         f"{out}: {len(built.layers)} of {len(lowered.kernel_layers)} compressed layers in the plugin; "
-        f"{size.total / 1e6:.1f} MB (weights {size.weights / 1e6:.1f}, plugin {size.plugin / 1e6:.1f}, source of "
-        f"TensorRT's kernels {size.kernel_source / 1e6:.1f}); packed in {built.seconds['pack']:.0f} s, built in "
-        f"{built.seconds['build']:.0f} s with at most {built.peak_bytes / 2**30:.1f} GiB of memory"
+        f"{size.total / 1e6:.1f} MB, predicted {built.predicted.total / 1e6:.1f} (weights {size.weights / 1e6:.1f}, "
+        f"plugin {size.plugin / 1e6:.1f}, source of TensorRT's kernels {size.kernel_source / 1e6:.1f}); packed in "
+        f"{built.seconds['pack']:.0f} s, built in {built.seconds['build']:.0f} s with at most "
+        f"{built.peak_bytes / 2**30:.1f} GiB of memory"
     )
     return built
 
@@ -85,6 +86,7 @@ def describe(built: tensorrt.BuildReport, lowered: LoweringReport, report: dict[
         "plugin": built.plugin,
         "repeatable": built.repeatable,
         "size": asdict(built.size),
+        "predicted_size": asdict(built.predicted),
         "layers": [asdict(layer) for layer in built.layers],
         "dense_layers": {name: reasons.get(name) or "outside the blocks" for name in lowered.dense_layers},
     }

@@ -59,6 +59,11 @@ class CompressRecipe(_Recipe):
     values_dtype: Literal["f32", "bf16", "int8"] = Field(
         "f32", description="type of the stored values, U and V; with int8 values, U and V are bf16"
     )
+    head: Literal["keep", "int8"] = Field(
+        "keep",
+        description="the output head and the embedding tied to it, often the largest matrix: as it is, or rounded to "
+        "int8; not counted by the budget, and for ONNX Runtime only",
+    )
     rank_share: float | None = Field(
         _DEFAULT.rank_share,
         ge=0,
@@ -166,6 +171,14 @@ class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
     )
     reference: str | None = Field(
         None, description="the dense model to compare with, where --model is compressed already"
+    )
+    predict_only: bool = Field(
+        False, description="for .onnx: print the bytes and the speed that this build would bring here, and stop"
+    )
+    compress_slower: bool = Field(
+        False,
+        description="for .onnx: compress layers, too, that are predicted to decode slower than dense ones; they are "
+        "still smaller",
     )
     skip_validation: bool = Field(False, description="only build; nothing is proven about the engine")
 

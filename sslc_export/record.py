@@ -151,8 +151,9 @@ def layer_records(checkpoint: Path) -> list[LayerRecord]:
     """The compression report of a compressed folder, as the verdict's layer table."""
     from validate.verdict import LayerRecord
 
-    rows = _report(checkpoint)["layers"]
-    names = ("name", "rank", "density", "bytes", "dense_bytes", "error")
+    report = _report(checkpoint)
+    rows = report["layers"] + ([report["head"]] if report["head"] else [])
+    names = ("name", "rank", "density", "bytes", "dense_bytes", "error", "dense_reason")
     return [LayerRecord(**{name: row[name] for name in names}) for row in rows]
 
 

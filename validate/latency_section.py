@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from validate.blocks import MISSING, Block, Table
 from validate.latency import Latency
 from validate.statistics import Summary
@@ -51,3 +53,13 @@ def _sweep(latency: Latency) -> Table:
         ratio = f"{speedup.median:.2f}× ({speedup.low:.2f} to {speedup.high:.2f})" if speedup else MISSING
         rows.append((str(batch), *figures, ratio, "" if phase.gate.stable else "unstable"))
     return Table(header, rows, right=True)
+
+
+def prediction_table(latency: Latency, predicted: Mapping[str, float]) -> Table:
+    """The speed that was expected before the build, by phase, beside the measured one."""
+    rows: list[tuple[str, ...]] = []
+    for name, phase in (("prefill", latency.prefill), ("decode", latency.decode)):
+        measured = phase.speedup
+        off = f"{predicted[name] / measured.median - 1:+.0%}" if measured else MISSING
+        rows.append((name, f"{predicted[name]:.2f}×", f"{measured.median:.2f}×" if measured else MISSING, off))
+    return Table(("", "predicted", "measured", "off by"), rows, right=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from validate.attribution import Attribution
 from validate.blocks import MISSING, Block, Table
 from validate.harness import Harness
-from validate.latency_section import latency_blocks
+from validate.latency_section import latency_blocks, prediction_table
 from validate.limits import LimitResult
 from validate.numerics import Numerics
 from validate.record_section import build_blocks, environment_table
@@ -40,6 +40,8 @@ def sections(verdict: Verdict) -> list[Section]:
         parts.append(Section("Not measured", [Table(("what", "why"), list(results.skipped.items()))]))
     if results.latency:
         parts.append(Section("Latency", latency_blocks(results.latency)))
+    if results.latency and results.engine.predicted_speedup:
+        parts.append(Section("Predicted speed", [prediction_table(results.latency, results.engine.predicted_speedup)]))
     if results.layers:
         parts.append(Section("Layers", [_layers(results)]))
     if results.attribution:
@@ -146,8 +148,8 @@ def _attribution(attribution: Attribution) -> list[Block]:
 
 
 def _layers(results: Results) -> Table:
-    header = ("layer", "rank", "density", "MB", "dense MB", "held-out error")
-    rows = [
+    header: tuple[str, ...] = ("layer", "rank", "density", "MB", "dense MB", "held-out error", "dense because")
+    rows: list[tuple[str, ...]] = [
         (
             layer.name,
             str(layer.rank),
@@ -155,9 +157,12 @@ def _layers(results: Results) -> Table:
             f"{layer.bytes / 1e6:.2f}",
             f"{layer.dense_bytes / 1e6:.2f}",
             MISSING if layer.error is None else f"{layer.error:.4f}",
+            layer.dense_reason or MISSING,
         )
         for layer in results.layers
     ]
+    if not any(layer.dense_reason for layer in results.layers):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return Table(header, rows, right=True)
 
 

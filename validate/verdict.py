@@ -45,6 +45,8 @@ class EngineRecord:
         build_record: Where engine.json is.
         kernel: What runs the compressed layers: "avx512", "function" (the operator's ONNX body), ...
         fallback_reason: Why it is not our kernel; None if it is.
+        predicted_speedup: Dense time over the engine's that was expected on this machine, by phase ("prefill",
+            "decode"); None without a prediction.
         build: The build record, as far as a report shows it; None without one.
     """
 
@@ -54,6 +56,7 @@ class EngineRecord:
     build_record: str | None = None
     kernel: str | None = None
     fallback_reason: str | None = None
+    predicted_speedup: Mapping[str, float] | None = None
     build: Mapping[str, Any] | None = None
 
 
@@ -68,6 +71,7 @@ class LayerRecord:
         bytes: Stored size.
         dense_bytes: Size of W in the same type.
         error: Relative error of the layer's output on held-out activations, if it was measured.
+        dense_reason: Why it stayed dense; empty if it did not.
     """
 
     name: str
@@ -76,6 +80,7 @@ class LayerRecord:
     bytes: int
     dense_bytes: int
     error: float | None = None
+    dense_reason: str = ""
 
 
 @dataclass(frozen=True)

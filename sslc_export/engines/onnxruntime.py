@@ -72,7 +72,7 @@ class OnnxRuntimeEngine:
         model = _read(path)
         ours = [node for node in model.graph.node if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
         self.name = name or path.stem
-        self.threads = threads or _usable_cores()
+        self.threads = threads or usable_cores()
         self.kernel, self.fallback_reason, file = _choose_kernel(library) if ours else ("none", None, None)
         self.dense_layers = len(json.loads(_metadata(model)[names.DENSE_LAYERS_KEY]))
 
@@ -156,7 +156,8 @@ def _no_room_to_fold(model: onnx.ModelProto, ours: list[onnx.NodeProto]) -> str 
     return f"S is decoded on every run: once would take {needed / 1e9:.0f} GB, of which {available / 1e9:.0f} are free"
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Physical cores that this process may use."""
     process = psutil.Process()
     usable = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
     return min(usable, psutil.cpu_count(logical=False) or usable)

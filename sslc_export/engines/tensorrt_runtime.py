@@ -1,4 +1,8 @@
-"""Runs a TensorRT plan on a GPU, with the cache staying there. Not run on a GPU yet: see scripts/gpu_check.sh."""
+"""Runs a TensorRT plan on a GPU, with the cache staying there. Not run on a GPU yet: see scripts/gpu_check.sh.
+
+TensorRT's own runtime, and not polygraphy's TrtRunner: that writes every call's outputs into the same buffers, so the
+cache, which is one call's output and the next one's input, would have to be copied for every token.
+"""
 
 from __future__ import annotations
 

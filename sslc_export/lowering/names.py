@@ -5,6 +5,7 @@ DOMAIN = "sslc"
 OP_TYPE = "LowRankSparseLinear"
 VERSION = 1
 LAYOUT = "rows64"
+WITH_SCALES = "scales"  # the overload of the body for nodes that have them
 INPUTS = ("X", "bitmap", "values", "U", "V", "bias", "scales")  # the last only with int8 values
 
 # Graph inputs and outputs beside input_ids, attention_mask and position_ids.

@@ -66,9 +66,13 @@ def test_a_plan_is_built_and_the_verdict_says_that_it_was_not_executed(built):
 def test_every_compressed_layer_is_our_plugin_in_the_plan_itself(built):
     # TensorRT-RTX writes the network that it will run into the plan, as text.
     plan = (built[0] / "engine.plan").read_bytes()
-    names = [layer["name"] for layer in json.loads((built[0] / "engine.json").read_text())["tensorrt"]["layers"]]
-    assert len(names) == 21
-    for name in names:
+    layers = json.loads((built[0] / "engine.json").read_text())["tensorrt"]["layers"]
+    assert len({layer["name"] for layer in layers}) == 21
+    # q, k and v are one node, and so are gate and up.
+    nodes = {layer["node"] for layer in layers}
+    assert len(nodes) == 12
+    assert len({(layer["node"], layer["output"]) for layer in layers}) == 21
+    for name in nodes:
         assert plan.count(f'custom_layer={{ name="{name}"'.encode()) == 1, name
 
 
