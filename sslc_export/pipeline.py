@@ -413,6 +413,8 @@ def _latency_options(longest: int, largest_batch: int | None, recipe: ValidateRe
     return LatencyOptions(
         prefill_tokens=prefill,
         decode_context=min(LatencyOptions.decode_context, longest - 1),
+        warm_up_seconds=min(LatencyOptions.warm_up_seconds, recipe.latency_seconds / 20),
+        sweep_seconds=recipe.latency_seconds / 15,
         sweep=tuple(batch for batch in recipe.batches if largest_batch is None or batch <= largest_batch),
         prefill_seconds=0.6 * recipe.latency_seconds,
         decode_seconds=0.4 * recipe.latency_seconds,
