@@ -119,8 +119,8 @@ def _solve(
         torch.manual_seed(options.seed + zlib.crc32(name.encode()))
         gram = None if inputs is None else inputs.gram
         scale = torch.ones(W.shape[0], 1) if fisher is None else _row_scale(fisher)
-        with masks.in_force(parse_rule(options.mask_rule)):
-            mask, S, U, V = SOLVERS[options.method](scale * W.detach(), gram, plan.nnz, plan.rank)
+        rule = parse_rule(options.mask_rule)
+        mask, S, U, V = SOLVERS[options.method](scale * W.detach(), gram, plan.nnz, plan.rank, rule)
     parts = (S / scale, U / scale, V)
     for part in parts:
         if not torch.isfinite(part).all():
