@@ -43,7 +43,12 @@ class Importance:
 
 
 def measure(
-    source: Source, tokens: Tensor, scratch: Path, seed: int, progress: Progress = no_progress
+    source: Source,
+    tokens: Tensor,
+    scratch: Path,
+    seed: int,
+    progress: Progress = no_progress,
+    see: Callable[[str, Tensor], object] | None = None,
 ) -> dict[str, Importance]:
     """The importance of every linear layer of the decoder blocks, by full name.
 
@@ -53,6 +58,8 @@ def measure(
         scratch: Name of files for the hidden states before every block; removed at the end.
         seed: Of the drawn labels.
         progress: Wraps the loop over blocks.
+        see: Called for every block, last to first, with its name and the Fisher information [d, d] of the hidden
+            states after it: the mean over tokens of g·gᵀ, g the gradient there.
     """
     tokens, files = _first(tokens), []
     try:
@@ -70,6 +77,9 @@ def measure(
         for name, call, file in progress(order, "Measuring importance"):
             source.load_block(name)
             block = source.model.get_submodule(name)
+            if see:
+                flat = gradient.flatten(0, 1)
+                see(name, flat.T @ flat / len(flat))
             inputs = torch.from_file(str(file), size=hidden.numel(), dtype=torch.float32).view(hidden.shape)
             found |= {f"{name}.{layer}": value for layer, value in _block(block, call, inputs, gradient).items()}
             block.to("meta")

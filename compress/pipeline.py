@@ -1,14 +1,15 @@
 """From a dense folder to a compressed one, holding one decoder block at a time.
 
 Calibration is sequential: each block is solved on the hidden states that the compressed blocks before it produce, so
-that it sees, and can partly mend, their errors. Peak memory is one block, its Gram matrices and the hidden states of
-the calibration sequences, however many blocks there are.
+that it sees, and can partly mend, their errors. Peak memory is one block, its Gram matrices or what refining it needs,
+and the hidden states of the calibration sequences, however many blocks there are.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from compress.importance import Importance, load, measure, save, scratch_bytes
 from compress.layer import LowRankSparseLinear
 from compress.options import METHODS, CompressOptions
 from compress.planning import plan_model, share_out, space_needed
+from compress.refinement import refine
 from compress.report import CompressReport, LayerReport
 from compress.shards import read_header, read_tensor, write_shard
-from compress.solve import compress_block
+from compress.solve import solve_block, store_block
 from compress.source import Source, assign
 from compress.tuning import TOKENS, forget, tune_folder
 from compress.work import ALGORITHM_VERSION, Work, source_hash
@@ -36,7 +38,9 @@ from sslc_common.files import remove, require_space, writing
 
 REPORT = "compression_report.json"
 _IMPORTANCE = "importance.safetensors"
+_STATE_FISHER = "state_fisher"  # a folder with a file for every block
 _SPILL = "hidden_states.bin"
+_DENSE_SPILL = "dense_hidden_states.bin"
 
 
 def compress_model(
@@ -88,14 +92,16 @@ def compress_model(
     with writing(out), torch.no_grad():
         work = Work.begin(out, identity, options.overwrite)
         resumed = len(work.finished)
-        spilled = 0 if tokens is None else spilled_bytes(dense, tokens)
+        refining = tokens is not None and options.refinement > 0
+        spilled = 0 if tokens is None else (1 + refining) * spilled_bytes(dense, tokens)
         importance: dict[str, Importance] = {}
         seen = tokens[:solving] if tokens is not None and options.allocation == "fisher" else None
         if seen is not None:
             spilled = max(spilled, scratch_bytes(dense, seen))
+            spilled += refining * len(dense.blocks) * 4 * dense.model.config.hidden_size**2
         require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
         if seen is not None:
-            importance = _importance(work, dense, seen, options.seed, progress)
+            importance = _importance(work, dense, seen, options, progress)
             plans = share_out(dense, plans, importance, options)
         _compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
         rows = [row for block in work.finished for row in block]
@@ -122,6 +128,7 @@ def compress_model(
         )
         write_json(work.folder / REPORT, report.to_json())
         remove(work.folder / _IMPORTANCE)
+        remove(work.folder / _STATE_FISHER)
         forget(work.folder)
         work.publish(out)
     return report
@@ -198,12 +205,25 @@ def _tuning_text(source: Path, options: CompressOptions) -> Tensor:
     )
 
 
-def _importance(work: Work, source: Source, tokens: Tensor, seed: int, progress: Progress) -> dict[str, Importance]:
+def _importance(
+    work: Work, source: Source, tokens: Tensor, options: CompressOptions, progress: Progress
+) -> dict[str, Importance]:
     """The importance of every layer: measured, or what an interrupted run measured."""
     path = work.folder / _IMPORTANCE
     if not path.is_file():
-        save(path, measure(source, tokens, work.folder / _SPILL, seed, progress))
+        see = partial(_write_state_fisher, work) if options.refinement else None
+        save(path, measure(source, tokens, work.folder / _SPILL, options.seed, progress, see))
     return load(path)
+
+
+def _write_state_fisher(work: Work, block: str, fisher: Tensor) -> None:
+    (work.folder / _STATE_FISHER).mkdir(exist_ok=True)
+    write_shard(work.folder / _STATE_FISHER / f"{block}.safetensors", {"F": fisher})
+
+
+def _read_state_fisher(work: Work, block: str) -> Tensor | None:
+    path = work.folder / _STATE_FISHER / f"{block}.safetensors"
+    return read_tensor("F", read_header(path)["F"]) if path.is_file() else None
 
 
 def _compress_blocks(
@@ -218,30 +238,45 @@ def _compress_blocks(
 ) -> None:
     """Compresses every block that is not finished, and writes its shard."""
     spill, hidden = work.folder / _SPILL, None
+    dense_spill, dense = work.folder / _DENSE_SPILL, None
     try:
         if tokens is not None:
             hidden, calls = embed(source, tokens, spill)
+            if options.refinement:
+                dense, _ = embed(source, tokens, dense_spill)
         for index, name in enumerate(progress(source.blocks, "Compressing blocks")):
             shard = work.folder / _shards(source)[index]
             block = source.model.get_submodule(name)
-            if index >= len(work.finished):
+            unfinished = index >= len(work.finished)
+            if unfinished or dense is not None:
                 stored = source.load_block(name)
+            if dense is not None:
+                run(block, calls[index], dense)
+            if unfinished:
                 inputs: dict[str, LayerInputs] = {}
                 if hidden is not None:
                     gram = METHODS[options.method].calibrated
                     inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
-                rows = compress_block(block, name, stored, inputs, importance, plans, options)
+                solved = solve_block(block, name, stored, inputs, importance, plans, options)
+                for seen in inputs.values():
+                    seen.gram = None
+                if hidden is not None and dense is not None:
+                    fisher = _read_state_fisher(work, name)
+                    refine(block, name, calls[index], hidden, dense, solving, fisher, options.refinement, options.seed)
+                rows = store_block(block, name, stored, inputs, solved, options)
                 write_shard(shard, stored)
                 work.finish_block(rows)
-                del inputs, stored
+                del inputs, solved
             elif hidden is not None:
                 _load_finished(source, name, shard)
             if hidden is not None:
                 run(block, calls[index], hidden)
+            stored = {}
             block.to("meta")
             return_freed_memory()
     finally:
         remove(spill)
+        remove(dense_spill)
 
 
 def _load_finished(source: Source, name: str, shard: Path) -> None:

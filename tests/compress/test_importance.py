@@ -30,9 +30,15 @@ def by_autograd(folder, tokens, seed):
 @pytest.mark.parametrize("tied", [False, True])
 def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens, family, tied):
     folder = save_tiny(tmp_path / "source", family, tie_word_embeddings=tied)
-    source = Source.open(folder)
+    source, states = Source.open(folder), {}
     with torch.no_grad():
-        found = importance.measure(source, tokens, tmp_path / "spill", seed=3)
+        found = importance.measure(source, tokens, tmp_path / "spill", seed=3, see=states.__setitem__)
+    assert list(states) == source.blocks[::-1]
+    for name, F in states.items():
+        # A block's last layer writes straight to the hidden state after the block: one gradient for both.
+        last = list(linears(source.model.get_submodule(name)))[-1]
+        assert torch.allclose(F.diagonal(), found[f"{name}.{last}"].outputs, rtol=1e-4)
+        assert torch.equal(F, F.T)
     expected = by_autograd(folder, tokens, seed=3)
     assert found.keys() == expected.keys()
     for name, (x, squares) in expected.items():
