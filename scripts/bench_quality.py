@@ -127,7 +127,8 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
                     continue
                 chosen: dict[str, Any] = {}
                 if method != "default":
-                    chosen = {"method": method, "allocation": "uniform", "rank_share": RANK_SHARES.get(method, 0.0)}
+                    share = RANK_SHARES.get(method, 0.0)
+                    chosen = {"method": method, "allocation": "uniform", "rank_share": share, "refinement": 0}
                 if method == "fwsvd":
                     chosen["allocation"] = "fisher"  # where its weights come from
                 options = CompressOptions(
