@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.architectures import linears
-from compress.blocks import LayerInputs, collect_inputs, embed, return_freed_memory, run, spilled_bytes
-from compress.budget import LayerPlan
+from compress.blocks import spilled_bytes
 from compress.calibration import fingerprint, hold_out, read_tokens
-from compress.folder import copy_companions, shard_name, write_config, write_index, write_json
+from compress.folder import copy_companions, write_config, write_index, write_json
 from compress.format import Progress, no_progress
 from compress.importance import Importance, load, measure, save, scratch_bytes
-from compress.layer import LowRankSparseLinear
 from compress.options import METHODS, CompressOptions
 from compress.planning import plan_model, share_out, space_needed
-from compress.refinement import refine
 from compress.report import CompressReport, LayerReport
-from compress.shards import read_header, read_tensor, write_shard
-from compress.solve import solve_block, store_block
-from compress.source import Source, assign
+from compress.sequential import SPILL, STATES, compress_blocks, shard_names
+from compress.shards import write_shard
+from compress.source import Source
 from compress.tuning import TOKENS, forget, tune_folder
 from compress.work import ALGORITHM_VERSION, Work, source_hash
 from sslc_common.errors import InputError
@@ -38,9 +33,6 @@ from sslc_common.files import remove, require_space, writing
 
 REPORT = "compression_report.json"
 _IMPORTANCE = "importance.safetensors"
-_STATE_FISHER = "state_fisher"  # a folder with a file for every block
-_SPILL = "hidden_states.bin"
-_DENSE_SPILL = "dense_hidden_states.bin"
 
 
 def compress_model(
@@ -103,12 +95,12 @@ def compress_model(
         if seen is not None:
             importance = _importance(work, dense, seen, options, progress)
             plans = share_out(dense, plans, importance, options)
-        _compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
+        compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
         rows = [row for block in work.finished for row in block]
         rest = {name: dense.read(name) for name in dense.outside_blocks()}
-        write_shard(work.folder / _shards(dense)[-1], rest)
+        write_shard(work.folder / shard_names(dense)[-1], rest)
         del rest
-        written = write_index(work.folder, _shards(dense))
+        written = write_index(work.folder, shard_names(dense))
         copy_companions(source, work.folder)
         write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
         if options.tuning_minutes:
@@ -128,7 +120,7 @@ def compress_model(
         )
         write_json(work.folder / REPORT, report.to_json())
         remove(work.folder / _IMPORTANCE)
-        remove(work.folder / _STATE_FISHER)
+        remove(work.folder / STATES)
         forget(work.folder)
         work.publish(out)
     return report
@@ -211,93 +203,9 @@ def _importance(
     """The importance of every layer: measured, or what an interrupted run measured."""
     path = work.folder / _IMPORTANCE
     if not path.is_file():
-        see = partial(_write_state_fisher, work) if options.refinement else None
-        save(path, measure(source, tokens, work.folder / _SPILL, options.seed, progress, see))
+        states = work.folder / STATES if options.refinement else None
+        save(path, measure(source, tokens, work.folder / SPILL, options.seed, progress, states))
     return load(path)
-
-
-def _write_state_fisher(work: Work, block: str, fisher: Tensor) -> None:
-    (work.folder / _STATE_FISHER).mkdir(exist_ok=True)
-    write_shard(work.folder / _STATE_FISHER / f"{block}.safetensors", {"F": fisher})
-
-
-def _read_state_fisher(work: Work, block: str) -> Tensor | None:
-    path = work.folder / _STATE_FISHER / f"{block}.safetensors"
-    return read_tensor("F", read_header(path)["F"]) if path.is_file() else None
-
-
-def _compress_blocks(
-    work: Work,
-    source: Source,
-    plans: dict[str, LayerPlan],
-    importance: dict[str, Importance],
-    options: CompressOptions,
-    tokens: Tensor | None,
-    solving: int,
-    progress: Progress,
-) -> None:
-    """Compresses every block that is not finished, and writes its shard."""
-    spill, hidden = work.folder / _SPILL, None
-    dense_spill, dense = work.folder / _DENSE_SPILL, None
-    try:
-        if tokens is not None:
-            hidden, calls = embed(source, tokens, spill)
-            if options.refinement:
-                dense, _ = embed(source, tokens, dense_spill)
-        for index, name in enumerate(progress(source.blocks, "Compressing blocks")):
-            shard = work.folder / _shards(source)[index]
-            block = source.model.get_submodule(name)
-            unfinished = index >= len(work.finished)
-            if unfinished or dense is not None:
-                stored = source.load_block(name)
-            if dense is not None:
-                run(block, calls[index], dense)
-            if unfinished:
-                inputs: dict[str, LayerInputs] = {}
-                if hidden is not None:
-                    gram = METHODS[options.method].calibrated
-                    inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
-                solved = solve_block(block, name, stored, inputs, importance, plans, options)
-                for seen in inputs.values():
-                    seen.gram = None
-                if hidden is not None and dense is not None:
-                    fisher = _read_state_fisher(work, name)
-                    refine(block, name, calls[index], hidden, dense, solving, fisher, options.refinement, options.seed)
-                rows = store_block(block, name, stored, inputs, solved, options)
-                write_shard(shard, stored)
-                work.finish_block(rows)
-                del inputs, solved
-            elif hidden is not None:
-                _load_finished(source, name, shard)
-            if hidden is not None:
-                run(block, calls[index], hidden)
-            stored = {}
-            block.to("meta")
-            return_freed_memory()
-    finally:
-        remove(spill)
-        remove(dense_spill)
-
-
-def _load_finished(source: Source, name: str, shard: Path) -> None:
-    """Puts a block that an earlier run finished into the skeleton, as `compress_block` left it."""
-    tensors = {key: read_tensor(key, ref) for key, ref in read_header(shard).items()}
-    for layer in linears(source.model.get_submodule(name)):
-        full = f"{name}.{layer}"
-        if f"{full}.bitmap" in tensors:
-            bitmap, values, U, V = (tensors.pop(f"{full}.{part}") for part in ("bitmap", "values", "U", "V"))
-            bias = tensors.pop(f"{full}.bias").float() if f"{full}.bias" in tensors else None
-            scales = tensors.pop(f"{full}.scales", None)
-            compressed = LowRankSparseLinear.from_parts(bitmap, values, U, V, bias, scales)
-            source.model.set_submodule(full, compressed)
-    for parameter, tensor in tensors.items():
-        assign(source.model, parameter, tensor.float())
-
-
-def _shards(source: Source) -> list[str]:
-    """Names of the shards: one per block, and the last for the rest."""
-    count = len(source.blocks) + 1
-    return [shard_name(index, count) for index in range(count)]
 
 
 def _compression_config(rows: list[LayerReport], identity: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.blocks import BlockCall, batches, block_output
 from compress.trainable import make_trainable
 
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 6e-4
 WARM_UP = 5  # steps
 LAST = 0.05  # The rate falls along a cosine to this share.
 TOKENS_PER_STEP = 1024
