@@ -41,7 +41,8 @@ lint: setup
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: setup
-	@$(VENV)/bin/python scripts/bench_layer.py
+	@mkdir -p build
+	@$(VENV)/bin/python scripts/bench_cpu.py --quick --json build/bench.json
 
 clean:
 	rm -rf $(VENV) build

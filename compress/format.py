@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,15 @@ class Checkpoint:
         config: config.json.
         tensors: Every tensor of the model by name, as a byte range of a file.
         layers: The compressed layers by name; empty for a dense folder.
+        embeddings: Embeddings without weights of their own, by name, and the layer that holds their rows: all of them,
+            in int8.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorRef]
     layers: dict[str, LayerInfo]
+    embeddings: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path | str) -> Checkpoint:
@@ -87,16 +90,17 @@ class Checkpoint:
         config = read_config(folder)
         quantization = _quantization(folder, config)
         tensors = _tensors(folder)
-        layers = {}
+        layers, embeddings = {}, {}
         if quantization is not None:
             entries = quantization.get("layers")
             if not isinstance(entries, dict):
                 raise _damaged(folder / "config.json", "quantization_config has no table of layers", got=entries)
             layers = {name: _layer(folder, name, entry, tensors) for name, entry in entries.items()}
+            embeddings = _embeddings(folder / "config.json", quantization.get("embeddings", {}), layers)
             for name, ref in tensors.items():
                 if ref.sha256 is None:
                     raise _damaged(ref.file, f"Tensor {name} has no checksum in the file's __metadata__")
-        return cls(folder, config, tensors, layers)
+        return cls(folder, config, tensors, layers, embeddings)
 
     def read(self, name: str) -> Tensor:
         """One tensor, its checksum verified (dense folders have none).
@@ -283,6 +287,18 @@ def _check_scales(config: Path, name: str, shape: tuple[int, int], dtype: str, t
     if ref.dtype != "F16" or ref.shape != shape:
         got = f"{ref.dtype} {list(ref.shape)}"
         raise _damaged(ref.file, f"Tensor {name}.scales is wrong", got, f"F16 {list(shape)}")
+
+
+def _embeddings(config: Path, entries: object, layers: dict[str, LayerInfo]) -> dict[str, str]:
+    """Checks that the layers that embeddings look their rows up in store every entry, in int8 and with rank 0."""
+    if not isinstance(entries, dict):
+        raise _damaged(config, "quantization_config has no table of embeddings", got=entries)
+    for name, layer in entries.items():
+        info = layers.get(layer) if isinstance(layer, str) else None
+        if info is None or info.dtype != "I8" or info.rank or info.nnz != info.N * info.K:
+            allowed = "an int8 layer of rank 0 that stores every entry"
+            raise _damaged(config, f"Embedding {name} has its rows in a layer that cannot hold them", layer, allowed)
+    return entries
 
 
 def _verify_scales(scales: Tensor, name: str, ref: TensorRef) -> None:

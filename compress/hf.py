@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -17,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.architectures import linear_shape, linears, require_supported
 from compress.format import QUANT_METHOD, Checkpoint
+from compress.head import HeadEmbedding
 from compress.layer import LowRankSparseLinear
 from sslc_common.errors import InputError
 
@@ -72,7 +74,7 @@ class SslcQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         checkpoint = Checkpoint.open(Path(kwargs["checkpoint_files"][0]).parent)
-        replace_linears(model, checkpoint)
+        replace_layers(model, checkpoint, model.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -85,8 +87,15 @@ class SslcQuantizer(HfQuantizer):
         return False
 
 
-def replace_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def replace_layers(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Replaces the linear layers that a checkpoint holds compressed by empty LowRankSparseLinear ones, on meta.
+
+    Embeddings whose rows are in one of them are replaced too, and no longer tied as transformers ties them.
+
+    Args:
+        model: Of the checkpoint's architecture.
+        checkpoint: What `model` is to hold.
+        dtype: Of the activations.
 
     Raises:
         InputError: the architecture has no such layer, or one of another size.
@@ -112,3 +121,18 @@ def replace_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
                 bias_dtype=_TORCH_DTYPES[info.bias] if info.bias else None,
             )
         model.set_submodule(name, layer)
+    for name, holder in checkpoint.embeddings.items():
+        embedding = dict(model.named_modules()).get(name)
+        info = checkpoint.layers[holder]
+        if not isinstance(embedding, nn.Embedding) or embedding.weight.shape != (info.N, info.K):
+            raise InputError(
+                f"{checkpoint.folder / 'config.json'}: embedding {name} does not fit the architecture",
+                got=[info.N, info.K],
+                allowed=f"{list(embedding.weight.shape)}" if isinstance(embedding, nn.Embedding) else "an embedding",
+                do="Copy or download the folder again, or compress the model again",
+            )
+        head = model.get_submodule(holder)
+        assert isinstance(head, LowRankSparseLinear)
+        model.set_submodule(name, HeadEmbedding(head, dtype))
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}  # nothing else is tied in the supported architectures

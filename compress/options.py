@@ -39,6 +39,7 @@ METHODS = {
 VALUE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 BUDGET_UNITS = ("bytes", "params")
 ALLOCATIONS = ("fisher", "uniform")
+HEADS = ("keep", "int8")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class CompressOptions:
             `compress.allocation`). "uniform": the same budget for every layer, as without calibration text.
         values_dtype: Type of values, U and V: "f32" or "bf16"; or "int8" for the values, with one float16 scale per row
             and 64 columns, and bfloat16 for U and V.
+        head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for
+            one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
         rank_share: Share of the room for values that goes to U and V; None for the rank that pays in each layer, often
             0, and always 0 with a uniform allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
@@ -80,6 +83,7 @@ class CompressOptions:
     budget_in: str = "bytes"
     allocation: str = "fisher"
     values_dtype: str = "f32"
+    head: str = "keep"
     rank_share: float | None = None
     rank: int | None = None
     mask_rule: str = FREE
@@ -98,6 +102,7 @@ class CompressOptions:
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
         _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
+        _one_of("Treatment of the head", self.head, HEADS)
         parse_rule(self.mask_rule)
         if self.rank_share is not None and not 0 <= self.rank_share <= 1:
             raise InputError("The rank share is out of range", got=self.rank_share, allowed="0 ≤ rank_share ≤ 1")

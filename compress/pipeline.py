@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from compress.blocks import spilled_bytes
+from compress.budget import LayerPlan
 from compress.calibration import fingerprint, hold_out, read_tokens
 from compress.folder import copy_companions, write_config, write_index, write_json
 from compress.format import Progress, no_progress
+from compress.head import head_names, quantize_head
 from compress.importance import Importance, load, measure, save, scratch_bytes
 from compress.options import METHODS, CompressOptions
 from compress.planning import plan_model, share_out, space_needed
@@ -41,6 +44,7 @@ def compress_model(
     options: CompressOptions,
     *,
     tokens: Tensor | None = None,
+    kept_dense: Mapping[str, str] | None = None,
     progress: Progress = no_progress,
 ) -> CompressReport:
     """Compresses the linear layers of a model's decoder blocks and writes a checkpoint (docs/format.md).
@@ -54,6 +58,7 @@ def compress_model(
         out: Folder to write. Must not hold anything else, unless `options.overwrite`.
         options: What to do.
         tokens: int64 [n, L], calibration sequences instead of `options.calibration`.
+        kept_dense: Layers that stay dense for reasons that `options` does not know, by full name, and the reasons.
         progress: Wraps the loops over weights to check and over blocks.
 
     Returns:
@@ -67,6 +72,7 @@ def compress_model(
     source, out = Path(source), Path(out)
     dense = Source.open(source)
     plans = plan_model(dense, options)
+    plans |= {name: LayerPlan(dense_reason=reason) for name, reason in (kept_dense or {}).items()}
     tokens = _calibration_tokens(dense, options, tokens)
     solving = 0
     if tokens is not None:
@@ -77,6 +83,8 @@ def compress_model(
         "calibration": None if tokens is None else fingerprint(tokens),
         "options": options.what_decides(),
     }
+    if kept_dense:
+        identity["kept_dense"] = dict(kept_dense)
     if not options.overwrite and (done := _done_before(out, identity)):
         return done
     _require_free(source, out, options.overwrite)
@@ -106,9 +114,16 @@ def compress_model(
         if options.tuning_minutes:
             text = tokens[:solving] if tokens is not None and not options.calibration else _tuning_text(source, options)
             tune_folder(work.folder, source, text, options.tuning_minutes, progress)
+        head = None
+        if options.head == "int8":  # after the tuning, which has no use for rounded weights
+            head = quantize_head(work.folder / shard_names(dense)[-1], dense)
+            written = write_index(work.folder, shard_names(dense))
+            compression = _compression_config([*rows, head], identity) | _embeddings(dense)
+            write_config(work.folder, dense.checkpoint.config, compression)
         report = CompressReport(
             method=options.method,
             layers=tuple(rows),
+            head=head,
             source_bytes=sum(ref.length for ref in dense.checkpoint.tensors.values()),
             checkpoint_bytes=sum(ref.length for ref in written.values()),
             source_hash=identity["source"],
@@ -206,6 +221,12 @@ def _importance(
         states = work.folder / STATES if options.refinement else None
         save(path, measure(source, tokens, work.folder / SPILL, options.seed, progress, states))
     return load(path)
+
+
+def _embeddings(source: Source) -> dict[str, dict[str, str]]:
+    """The embedding that looks its rows up in the head, if they are tied, for config.json."""
+    head, embedding = head_names(source)
+    return {"embeddings": {embedding: head}} if embedding else {}
 
 
 def _compression_config(rows: list[LayerReport], identity: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class CompressReport:
     Attributes:
         method: Of the compression.
         layers: The linear layers of the decoder blocks, in order.
+        head: The output head, with the embedding that is tied to it, if it was rounded; `dense_bytes` as in the source.
+            None if it was kept.
         source_bytes: All tensors of the source.
         checkpoint_bytes: All tensors of the checkpoint.
         source_hash: SHA-256 over config and weights of the source.
@@ -77,6 +79,7 @@ class CompressReport:
     held_out_tokens: int
     seconds: float
     resumed_blocks: int
+    head: LayerReport | None = None
 
     @property
     def bytes(self) -> int:
@@ -109,12 +112,16 @@ class CompressReport:
         keys = ("bytes", "dense_bytes", "budget_in_bytes", "budget_in_params", "mask_cost")
         totals = {key: getattr(self, key) for key in keys}
         rows = [asdict(layer) | {"density": layer.density} for layer in self.layers]
-        return asdict(self) | totals | {"layers": rows}
+        head = self.head and asdict(self.head) | {"density": self.head.density}
+        return asdict(self) | totals | {"layers": rows, "head": head}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CompressReport:
         """The inverse of `to_json`."""
         fields = {name: content[name] for name in cls.__dataclass_fields__}
-        names = LayerReport.__dataclass_fields__
-        layers = tuple(LayerReport(**{name: row[name] for name in names}) for row in content["layers"])
-        return cls(**fields | {"layers": layers})
+
+        def layer(row: dict[str, Any]) -> LayerReport:
+            return LayerReport(**{name: row[name] for name in LayerReport.__dataclass_fields__})
+
+        head = content["head"]
+        return cls(**fields | {"layers": tuple(map(layer, content["layers"])), "head": head and layer(head)})

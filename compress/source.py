@@ -48,12 +48,20 @@ class Source:
     def find(self, parameter: str) -> str | None:
         """The name in the files of a parameter of the model, or None.
 
-        Files saved from the model without its head leave out the prefix: "h.0..." for "transformer.h.0...".
+        Files saved from the model without its head leave out the prefix: "h.0..." for "transformer.h.0...". A tied
+        parameter may be there under the name of the one that it is tied to.
         """
+        return self._stored(parameter) or self._stored(self._tied().get(parameter, parameter))
+
+    def _stored(self, parameter: str) -> str | None:
         for name in (parameter, parameter.removeprefix(f"{self.model.base_model_prefix}.")):
             if name in self.checkpoint.tensors:
                 return name
         return None
+
+    def _tied(self) -> dict[str, str]:
+        """For a parameter that is another one in truth, that other one."""
+        return dict(self.model.all_tied_weights_keys) if self.model.config.tie_word_embeddings else {}
 
     def ref(self, parameter: str) -> TensorRef:
         """Where a parameter lies.
@@ -90,9 +98,9 @@ class Source:
     def outside_blocks(self) -> list[str]:
         """The parameters outside the blocks that the files hold; tied ones may be left out of them."""
         inside = tuple(f"{name}." for name in self.blocks)
-        tied = self.model.all_tied_weights_keys if self.model.config.tie_word_embeddings else {}
+        tied = self._tied()
         names = [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
-        return [name for name in names if name not in tied or self.find(name)]
+        return [name for name in names if name not in tied or self._stored(name)]
 
     def verify(self, progress: Progress = no_progress) -> None:
         """Reads every parameter once, so that a bad one is told before hours of work.

@@ -14,7 +14,7 @@ Everything is packed as int32 words, since TensorRT has no smaller type that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,27 +24,27 @@ from numpy.typing import NDArray
 from sslc_common.errors import InputError
 
 LAYOUTS = ("any", "bank32", "fixed8")
+MOST_STACKED = 3  # kMaxParts of src/kernels.cuh
 TYPES = ("f16", "bf16")
-SCALE_GROUP = 64  # columns of a row that share one int8 scale
 
 _ROWS = 512  # rows packed at a time: bounds the temporary arrays, whatever N is
 _TILE_COLUMNS = {"any": 64, "bank32": 256, "fixed8": 64}
 _BANK_BYTES = 128 * 32 + 512
 _MAX_INT32 = 2**31 - 1
-_MAX_FEATURES = 2**24  # as in src/plugin.cu
+_MAX_FEATURES = 2**22  # as in src/plugin.cu
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One layer as the plugin takes it.
+    """One layer as the plugin takes it, or several of the same input, one after the other (`stack`).
 
     Attributes:
         layout: One of `LAYOUTS`.
         type: "f16" or "bf16": the type of values, U and V, and of what the tensor cores see.
         int8: The values of S are int8 with one float16 scale per row and 64 columns.
-        out_features: N.
+        out_features: N of each layer.
         in_features: K.
-        rank: r, 0 for none.
+        rank: r of each layer, 0 for none.
         slot: Shared memory for one tile, in bytes.
         S: int32 words of the packed sparse part.
         U: int32 words of U in fragment order (4 zeros if the rank is 0: TensorRT takes no empty weights).
@@ -55,9 +55,9 @@ class PackedLayer:
     layout: str
     type: str
     int8: bool
-    out_features: int
+    out_features: tuple[int, ...]
     in_features: int
-    rank: int
+    rank: tuple[int, ...]
     slot: int
     S: NDArray[np.int32]
     U: NDArray[np.int32]
@@ -101,36 +101,80 @@ def mask_of(bitmap: NDArray[np.int32], in_features: int) -> NDArray[np.bool_]:
     return np.unpackbits(octets, axis=1, bitorder="little")[:, :in_features].astype(bool)
 
 
-def choose_layout(bitmap: NDArray[np.int32], in_features: int, *, int8: bool = False) -> tuple[str, str]:
-    """The layout that should be fastest for this mask, and the reason in words.
+@dataclass(frozen=True)
+class Choice:
+    """A layout for a layer.
+
+    Attributes:
+        layout: One of `LAYOUTS`.
+        reason: Why this one, in words.
+        nbytes: What S will take in it, predicted by `sparse_bytes`.
+    """
+
+    layout: str
+    reason: str
+    nbytes: int
+
+
+def sparse_bytes(layout: str, out_features: int, in_features: int, stored: int, *, int8: bool = False) -> int:
+    """Bytes that S [N, K] with `stored` entries takes in a layout.
+
+    Exact for `bank32` and `fixed8`. What `any` adds to round its pieces depends on the mask; here it is what random
+    masks add on average: 1.5 values for each of a tile's four units (to a multiple of four), and 4 bytes (from 8 to 16;
+    int8: 6, from 4 to 16).
+    """
+    tiles = -(-out_features // 16) * -(-in_features // _TILE_COLUMNS[layout])
+    if layout == "bank32":
+        return tiles * _BANK_BYTES
+    if layout == "fixed8":
+        return tiles * (64 * (8 if int8 else 16) + 128 + (32 if int8 else 0))
+    value, head, rounding = (1, 176, 6) if int8 else (2, 144, 4)
+    return stored * value + tiles * (4 + head + 4 * 3 * value // 2 + rounding)
+
+
+def factor_bytes(out_features: int, in_features: int, rank: int) -> int:
+    """Bytes that U [N, r] and V [r, K] take together."""
+    steps = -(-rank // 64)
+    rows, columns = -(-out_features // 16) * 16, -(-in_features // 64) * 64
+    return 2 * 64 * steps * (rows + columns) if rank else 32
+
+
+def choose_layout(bitmaps: Sequence[NDArray[np.int32]], in_features: int, *, int8: bool = False) -> Choice:
+    """The layout that should be fastest for these masks, of layers that will be one (`stack`).
 
     A tile's time is modelled as the larger of its memory time and its decoding time plus a fifth of the smaller, on an
     A100 (12.1 bytes per clock and multiprocessor at 90 % of its bandwidth), with the decoding rates counted by
     `scripts/predict_gpu.py`. A model, not a measurement.
     """
-    most16, most64, stored = 0, 0, 0
-    for first in range(0, len(bitmap), _ROWS):
-        mask = _padded(mask_of(bitmap[first : first + _ROWS], in_features), 1, 64)
-        most16 = max(most16, int(mask.reshape(-1, 16).sum(1).max(initial=0)))
-        most64 = max(most64, int(mask.reshape(-1, 64).sum(1).max(initial=0)))
-        stored += int(mask.sum())
-    value = 1 if int8 else 2
-    scales = 2 / SCALE_GROUP if int8 else 0
-    density = stored / max(1, len(bitmap) * in_features)
-    candidates = {"any": (value * density + 0.16 + scales, 15.8)}
+    most16, most64, stored = 0, 0, [0] * len(bitmaps)
+    for i, bitmap in enumerate(bitmaps):
+        for first in range(0, len(bitmap), _ROWS):
+            mask = _padded(mask_of(bitmap[first : first + _ROWS], in_features), 1, 64)
+            most16 = max(most16, int(mask.reshape(-1, 16).sum(1).max(initial=0)))
+            most64 = max(most64, int(mask.reshape(-1, 64).sum(1).max(initial=0)))
+            stored[i] += int(mask.sum())
+    weights = sum(len(bitmap) for bitmap in bitmaps) * in_features
+    rates = {"any": 15.8}
     if most64 <= 32 and not int8:
-        candidates["bank32"] = (1.125 * _up(in_features, 256) / in_features, 20.2)
+        rates["bank32"] = 20.2
     if most16 <= 8:
-        candidates["fixed8"] = (value / 2 + 0.125 + scales, 24.7)
+        rates["fixed8"] = 24.7
+    sizes = {
+        layout: sum(
+            sparse_bytes(layout, len(bitmap), in_features, n, int8=int8)
+            for bitmap, n in zip(bitmaps, stored, strict=True)
+        )
+        for layout in rates
+    }
 
     def time(layout: str) -> float:
-        size, rate = candidates[layout]
-        memory, decoding = size / 12.1, 1 / rate
+        memory, decoding = sizes[layout] / weights / 12.1, 1 / rates[layout]
         return max(memory, decoding) + 0.2 * min(memory, decoding)
 
-    best = min(candidates, key=time)
-    rule = f"at most {most16} of 16 and {most64} of 64 columns stored, {density:.1%} in all"
-    return best, f"{rule}: {candidates[best][0]:.3f} bytes per weight, modelled fastest of {', '.join(candidates)}"
+    best = min(rates, key=time)
+    rule = f"at most {most16} of 16 and {most64} of 64 columns stored, {sum(stored) / weights:.1%} in all"
+    reason = f"{rule}: {sizes[best] / weights:.3f} bytes per weight, modelled fastest of {', '.join(rates)}"
+    return Choice(best, reason, sizes[best])
 
 
 def pack_layer(
@@ -175,7 +219,7 @@ def pack_layer(
             do=f"Leave it dense: compress again with --exclude '{name}'",
         )
     if layout is None:
-        layout, _ = choose_layout(bitmap, K, int8=int8)
+        layout = choose_layout([bitmap], K, int8=int8).layout
     if int8 and layout == "bank32":
         raise InputError(
             "Layout bank32 takes no int8 values", allowed="any or fixed8", do="Leave the layout to the tool"
@@ -216,15 +260,53 @@ def pack_layer(
         layout=layout,
         type=type,
         int8=int8,
-        out_features=N,
+        out_features=(N,),
         in_features=K,
-        rank=rank,
+        rank=(rank,),
         slot=slot,
         S=S,
         U=_fragments(_padded(to_bits(U, type, f"An entry of U of {name}"), 1, 64)),
         V=_fragments(_padded(to_bits(V, type, f"An entry of V of {name}"), 0, 64)),
         bias=np.zeros(N, np.float32) if bias is None else np.ascontiguousarray(bias, dtype=np.float32),
     )
+
+
+def stack(layers: Sequence[PackedLayer]) -> PackedLayer:
+    """Layers of the same input as one: the plugin computes them, and their t = V·x, with one launch each.
+
+    Args:
+        layers: Packed in the same layout, type and type of values; at most `MOST_STACKED`.
+    """
+    first = layers[0]
+    kinds = {(layer.layout, layer.type, layer.int8, layer.in_features) for layer in layers}
+    if len(kinds) != 1 or len(layers) > MOST_STACKED:
+        raise ValueError(f"{len(layers)} layers of {kinds} cannot be one")
+    if first.layout == "any":
+        ends = [layer.S[: _tiles(layer) + 1] for layer in layers]  # tables of offsets, in 16 bytes
+        tile_bytes = np.concatenate([np.diff(end).astype(np.int64) * 16 for end in ends])
+        bodies = [layer.S[4 * end[0] : 4 * end[-1]] for layer, end in zip(layers, ends, strict=True)]
+        S = np.concatenate([_offset_table(tile_bytes), *bodies])
+    else:
+        S = np.concatenate([layer.S for layer in layers])
+    ranked = [layer for layer in layers if any(layer.rank)] or [first]
+    return PackedLayer(
+        layout=first.layout,
+        type=first.type,
+        int8=first.int8,
+        out_features=tuple(N for layer in layers for N in layer.out_features),
+        in_features=first.in_features,
+        rank=tuple(r for layer in layers for r in layer.rank),
+        slot=max(layer.slot for layer in layers),
+        S=S,
+        U=np.concatenate([layer.U for layer in ranked]),
+        V=np.concatenate([layer.V for layer in ranked]),
+        bias=np.concatenate([layer.bias for layer in layers]),
+    )
+
+
+def _tiles(layer: PackedLayer) -> int:
+    rows = sum(-(-N // 16) for N in layer.out_features)
+    return rows * -(-layer.in_features // _TILE_COLUMNS[layer.layout])
 
 
 # Below, arrays are cut as [row tile, row half, g, column tile, t, ...]: row = 16·tile + 8·half + g, and lane = 4·g + t.

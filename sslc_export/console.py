@@ -83,6 +83,8 @@ def compression(report: CompressReport) -> None:
         f"{report.budget_in_bytes:.3f} of their bytes, {report.budget_in_params:.3f} of their parameters; "
         f"checkpoint {report.checkpoint_bytes / 1e6:.1f} MB, dense {report.source_bytes / 1e6:.1f} MB"
     )
+    if report.head is not None:
+        note(f"{report.head.name} in int8: {report.head.bytes / 1e6:.1f} of {report.head.dense_bytes / 1e6:.1f} MB")
     if report.mask_cost is not None:
         note(f"the mask rule leaves out {report.mask_cost:.1%} more energy than a free mask of as many values")
     for reason in sorted({layer.dense_reason for layer in report.layers if layer.dense_reason}):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sslc_common.errors import PASSED, InputError
+from sslc_common.errors import PASSED, InputError, MissingError
 from sslc_common.files import atomic_path
 from sslc_export import console
 from sslc_export.model import resolve
@@ -26,17 +26,27 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from compress.options import CompressOptions
     from compress.report import CompressReport
     from sslc_export.engines.probes import OnnxRuntimeProbe, TorchProbe
     from sslc_export.lowering.lower import LoweringReport
     from sslc_export.record import Opened
     from validate.latency import LatencyOptions
     from validate.limits import Limits
-    from validate.verdict import Verdict
+    from validate.run import Scorer
+    from validate.verdict import EngineRecord, Verdict
 
 DATA = Path(__file__).parent / "data"
 
-_LIMITS = ("max_perplexity_ratio", "min_decode_speedup", "min_prefill_speedup", "max_size_ratio")
+HEAD = "lm_head"  # in every supported architecture
+_LIMITS = (
+    "max_perplexity_ratio",
+    "min_harness_recovery",
+    "min_decode_speedup",
+    "min_prefill_speedup",
+    "max_size_ratio",
+)
+_HARNESS_LENGTH = 2048  # tokens of a harness request, where the model can; what HFLM takes where it does not know
 _EXPLAIN_TOKENS = 64
 _HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
 _INT8_TOLERANCE = 1e-3  # 2e-5 were seen in a layer, 2e-4 in the logits of tiny models; a fault is far above it
@@ -58,6 +68,10 @@ def export(recipe: ExportRecipe) -> int:
     if out.suffix != ".plan" and (recipe.target or recipe.triton):
         raise InputError("--target and --triton are for TensorRT", got=out, allowed="an --out that ends in .plan")
     source = resolve(recipe.model)
+    if out.suffix == ".plan":
+        _require_kept_head(source, recipe)
+    if recipe.predict_only:
+        return _predict(source, recipe)
     # Only now what takes seconds to import: a wrong path is answered at once.
     from sslc_export import plans
     from sslc_export.lowering.lower import lower
@@ -138,6 +152,60 @@ def require_known(engine: Path) -> None:
         )
 
 
+def _predict(source: Path, recipe: ExportRecipe) -> int:
+    """Prints what a build would bring on this machine; returns the exit code."""
+    if Path(recipe.out).suffix != ".onnx":
+        raise InputError("Only engines for CPUs are predicted", got=recipe.out, allowed="an --out that ends in .onnx")
+    from compress.format import Checkpoint
+    from sslc_export.machine import measure_machine
+    from sslc_export.prediction import HEADER, predict_build, predict_checkpoint
+
+    console.quiet_transformers()
+    machine = measure_machine(recipe.threads)
+    if Checkpoint.open(source).layers:
+        predicted = predict_checkpoint(source, machine)
+    else:
+        predicted = predict_build(source, _options(recipe), machine, compress_slower=recipe.compress_slower)
+    console.table(
+        f"{recipe.model} on this machine: {machine.threads} threads, {machine.bandwidth / 1e9:.1f} GB/s read, "
+        f"{machine.peak / 1e9:.0f} dense f32 GFLOP/s, {machine.kernel} kernel; times as fast as dense",
+        HEADER,
+        predicted.table(),
+    )
+    for reason, count in predicted.reasons().items():
+        console.note(f"dense: {count} layers, {reason}")
+    return PASSED
+
+
+def _slower(source: Path, recipe: ExportRecipe) -> dict[str, str]:
+    """Layers that our kernel on this machine is predicted to run slower than dense ones, and why."""
+    from plugins_ort import library
+    from sslc_export.machine import Machine
+    from sslc_export.prediction import predict_build
+
+    try:
+        kernel = library.kernel_name()
+    except MissingError:
+        return {}  # the ONNX body decodes S once and is then as fast as dense
+    # Which of two ways is slower depends neither on the bandwidth nor on the peak.
+    machine = Machine(bandwidth=1, peak=1, threads=1, kernel=kernel)
+    return predict_build(source, _options(recipe), machine, compress_slower=True).slower()
+
+
+def _require_kept_head(source: Path, recipe: ExportRecipe) -> None:
+    """Refuses an int8 head for TensorRT, whether asked for or in a model that is compressed already."""
+    from compress.format import Checkpoint
+
+    blocks = Checkpoint.open(source)
+    if recipe.head != "keep" or blocks.embeddings or HEAD in blocks.layers:
+        raise InputError(
+            "TensorRT plans take no int8 head",
+            got="--head int8" if recipe.head != "keep" else f"{recipe.model}, which has one",
+            allowed="a dense head, which the plan stores in 16 bits",
+            do="Leave --head out, or build an engine.onnx",
+        )
+
+
 def _compressed(source: Path, recipe: ExportRecipe, out: Path) -> tuple[Path, Path | None]:
     """The compressed folder to lower, below the engine's folder, and the dense folder if there is one.
 
@@ -148,7 +216,8 @@ def _compressed(source: Path, recipe: ExportRecipe, out: Path) -> tuple[Path, Pa
     dense = resolve(recipe.reference) if recipe.reference else None
     checkpoint = out.with_suffix("")
     if not Checkpoint.open(source).layers:
-        _compress(source, checkpoint, recipe)
+        slower = {} if out.suffix == ".plan" or recipe.compress_slower else _slower(source, recipe)
+        _compress(source, checkpoint, recipe, slower)
         return checkpoint, dense or source
     if source.resolve().is_relative_to(out.parent.resolve()):
         return source, dense
@@ -159,16 +228,27 @@ def _compressed(source: Path, recipe: ExportRecipe, out: Path) -> tuple[Path, Pa
     return checkpoint, dense
 
 
-def _compress(source: Path, out: Path, recipe: CompressRecipe) -> CompressReport:
+def _options(recipe: CompressRecipe) -> CompressOptions:
     from compress.options import CompressOptions
-    from compress.pipeline import compress_model
 
-    console.quiet_transformers()
     fields = recipe.model_dump(include=set(CompressRecipe.model_fields))
     fields["calibration"] = tuple(fields["calibration"]) or (str(DATA / "calibration.txt"),)
     fields["exclude"] = tuple(fields["exclude"])
+    return CompressOptions(**fields)
+
+
+def _compress(
+    source: Path, out: Path, recipe: CompressRecipe, kept_dense: dict[str, str] | None = None
+) -> CompressReport:
+    from compress.pipeline import compress_model
+
+    console.quiet_transformers()
+    options = _options(recipe)
+    if reason := (kept_dense or {}).pop(HEAD, None):
+        console.note(f"{HEAD} is kept as it is: {reason}")
+        options = replace(options, head="keep")
     with console.stage(f"compress {source} to {out}"):
-        report = compress_model(source, out, CompressOptions(**fields), progress=console.progress)
+        report = compress_model(source, out, options, kept_dense=kept_dense, progress=console.progress)
     console.compression(report)
     return report
 
@@ -193,10 +273,11 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     limits = load_limits(Path(recipe.limits) if recipe.limits else None, recipe.model_dump(include=set(_LIMITS)))
     record = read_record(path)
     checkpoint = path.parent / record["checkpoint"]
-    longest = _longest(checkpoint)
+    longest, largest_batch = _longest(checkpoint), None
     if path.suffix == ".plan":
         longest = min(longest, record["tensorrt"]["shapes"]["prefill"])
-    latency = _latency_options(longest, recipe)
+        largest_batch = record["tensorrt"]["shapes"]["batch"]
+    latency = _latency_options(longest, largest_batch, recipe)
     held_out = read_tokens(
         recipe.held_out or [str(DATA / "held_out.txt")],
         checkpoint,
@@ -207,6 +288,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
     )
     if dense is not None:
         _require_same_tokenizer(checkpoint, dense, held_out)
+    harness = _harness(checkpoint, min(_HARNESS_LENGTH, longest), recipe)
     # The dense twin is lowered where the engine is: there is space, and its weights may be large for /tmp.
     with tempfile.TemporaryDirectory(prefix=".dense-", dir=path.parent) as folder:
         twin = None
@@ -231,14 +313,42 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 reference=TorchEngine(model),
                 probes=None if path.suffix == ".plan" else partial(_probes, path, model, dense, recipe.threads),
                 held_out=np.asarray(held_out),
+                harness=harness,
                 text=np.asarray(held_out)[: opened.batch],
                 limits=limits,
                 options=Options(NumericsOptions(padded_rows=opened.batch), latency),
                 sizes=opened.sizes,
-                record=opened.about,
+                record=opened.about if twin is None else _with_prediction(opened.about, checkpoint, recipe.threads),
                 layers=layer_records(checkpoint),
+                skip=_left_out(latency, largest_batch, recipe),
                 progress=console.progress,
             )
+
+
+def _with_prediction(about: EngineRecord, checkpoint: Path, threads: int | None) -> EngineRecord:
+    """What is known of an engine, with the speed that was to be expected of it on this machine."""
+    from sslc_export.machine import measure_machine
+    from sslc_export.prediction import predict_checkpoint
+
+    if about.kernel not in ("avx512", "avx2", "portable"):
+        return about
+    predicted = predict_checkpoint(checkpoint, measure_machine(threads))
+    speedups = {"decode": predicted.decode_speedup, "prefill": predicted.prefill_speedup}
+    return replace(about, predicted_speedup=speedups)
+
+
+def _harness(checkpoint: Path, longest: int, recipe: ValidateRecipe) -> Scorer | None:
+    """Loads the harness's tasks, so that what is missing is missed before minutes of measuring."""
+    if not recipe.harness_tasks:
+        return None
+    from transformers import AutoTokenizer
+
+    from validate.harness import evaluate, load_tasks
+
+    with console.stage(f"load {', '.join(recipe.harness_tasks)}"):
+        tasks = load_tasks(recipe.harness_tasks, recipe.harness_samples)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return partial(evaluate, tokenizer=tokenizer, tasks=tasks, max_length=longest, progress=console.progress)
 
 
 def _limits_of_int8(limits: Limits, checkpoint: Path) -> Limits:
@@ -293,7 +403,7 @@ def _open_engines(path: Path, record: dict[str, Any], twin: LoweringReport | Non
     return Opened(engine, dense, sizes, engine_record(record, engine, path))
 
 
-def _latency_options(longest: int, recipe: ValidateRecipe) -> LatencyOptions:
+def _latency_options(longest: int, largest_batch: int | None, recipe: ValidateRecipe) -> LatencyOptions:
     from validate.latency import LatencyOptions
 
     prefill = recipe.prefill_tokens or min(LatencyOptions.prefill_tokens, longest)
@@ -302,9 +412,17 @@ def _latency_options(longest: int, recipe: ValidateRecipe) -> LatencyOptions:
     return LatencyOptions(
         prefill_tokens=prefill,
         decode_context=min(LatencyOptions.decode_context, longest - 1),
+        sweep=tuple(batch for batch in recipe.batches if largest_batch is None or batch <= largest_batch),
         prefill_seconds=0.6 * recipe.latency_seconds,
         decode_seconds=0.4 * recipe.latency_seconds,
     )
+
+
+def _left_out(latency: LatencyOptions, largest_batch: int | None, recipe: ValidateRecipe) -> dict[str, str]:
+    """Why batch sizes that were asked for are not measured."""
+    if len(latency.sweep) == len(recipe.batches):
+        return {}
+    return {"latency.sweep": f"the engine takes at most {largest_batch} sequences at a time (--max-batch)"}
 
 
 def _longest(checkpoint: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,10 @@ def build(lowered: LoweringReport, out: Path, recipe: PlanRecipe, shapes: tensor
     size = built.size
     console.note(
         f"{out}: {len(built.layers)} of {len(lowered.kernel_layers)} compressed layers in the plugin; "
-        f"{size.total / 1e6:.1f} MB (weights {size.weights / 1e6:.1f}, plugin {size.plugin / 1e6:.1f}, source of "
-        f"TensorRT's kernels {size.kernel_source / 1e6:.1f}); packed in {built.seconds['pack']:.0f} s, built in "
-        f"{built.seconds['build']:.0f} s with at most {built.peak_bytes / 2**30:.1f} GiB of memory"
+        f"{size.total / 1e6:.1f} MB, predicted {built.predicted.total / 1e6:.1f} (weights {size.weights / 1e6:.1f}, "
+        f"plugin {size.plugin / 1e6:.1f}, source of TensorRT's kernels {size.kernel_source / 1e6:.1f}); packed in "
+        f"{built.seconds['pack']:.0f} s, built in {built.seconds['build']:.0f} s with at most "
+        f"{built.peak_bytes / 2**30:.1f} GiB of memory"
     )
     return built
 
@@ -85,6 +86,7 @@ def describe(built: tensorrt.BuildReport, lowered: LoweringReport, report: dict[
         "plugin": built.plugin,
         "repeatable": built.repeatable,
         "size": asdict(built.size),
+        "predicted_size": asdict(built.predicted),
         "layers": [asdict(layer) for layer in built.layers],
         "dense_layers": {name: reasons.get(name) or "outside the blocks" for name in lowered.dense_layers},
     }
@@ -117,20 +119,35 @@ def unexecuted(reason: str, path: Path, record: dict[str, Any], twin: LoweringRe
 
 def open_engines(path: Path, record: dict[str, Any], twin: LoweringReport | None, threads: int | None) -> Opened:
     """The plan and its dense twin on the GPU; `threads` are of CPUs, and not used."""
+    import numpy as np
+    import torch
+
     from sslc_export.engines.tensorrt_runtime import TensorRTEngine
     from sslc_export.record import Opened
 
-    dense, sizes, about = _examine(path, record, twin)
-    engine = TensorRTEngine(path, name="compressed")
-    batch = min(Opened.batch, record["tensorrt"]["shapes"]["batch"])
-    return Opened(engine, TensorRTEngine(dense, name="dense") if dense else None, sizes, about, batch)
+    def opened(plan: Path, name: str) -> tuple[TensorRTEngine, int]:
+        """An engine that has run one token, and the memory of the GPU that this took."""
+        free = torch.cuda.mem_get_info()[0]
+        engine = TensorRTEngine(plan, name=name)
+        engine.run(np.zeros((1, 1), np.int64))
+        return engine, max(0, free - torch.cuda.mem_get_info()[0])
+
+    twin_plan, sizes, about = _examine(path, record, twin)
+    engine, taken = opened(path, "compressed")
+    dense, taken_dense = opened(twin_plan, "dense") if twin_plan else (None, None)
+    sizes = replace(
+        sizes,
+        gpu=Bytes(taken_dense, taken),
+        kv_cache=Bytes(dense.kv_cache_bytes if dense else None, engine.kv_cache_bytes),
+    )
+    return Opened(engine, dense, sizes, about, min(Opened.batch, record["tensorrt"]["shapes"]["batch"]))
 
 
 def _examine(
     path: Path, record: dict[str, Any], twin: LoweringReport | None
 ) -> tuple[Path | None, SizeLedger, EngineRecord]:
     """Checks a plan's structure and builds its dense twin; returns the twin's plan, the sizes, the record's facts."""
-    from sslc_export.record import record_path
+    from sslc_export.record import build_facts, record_path
 
     described = record["tensorrt"]
     _require_structure(path, described, Checkpoint.open(path.parent / record["checkpoint"]))
@@ -142,7 +159,13 @@ def _examine(
         engine=Bytes(dense.size.total if dense else None, described["size"]["total"]),
         layers=Bytes(dense_layers, sum(layer["nbytes"] for layer in layers)),
     )
-    about = EngineRecord(path.name, len(layers), len(described["dense_layers"]), str(record_path(path)))
+    about = EngineRecord(
+        path.name,
+        len(layers),
+        len(described["dense_layers"]),
+        str(record_path(path)),
+        build=build_facts(record, path.parent / record["checkpoint"]),
+    )
     return dense.path if dense else None, sizes, about
 
 

@@ -25,6 +25,13 @@ class _Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _split(given: object) -> object:
+    """A list whose texts may be lists themselves, as in --target sm_86,sm_89."""
+    if not isinstance(given, list):
+        return given
+    return [part.strip() for item in given for part in (item.split(",") if isinstance(item, str) else [str(item)])]
+
+
 class CompressRecipe(_Recipe):
     """How a dense model becomes sparse + low-rank."""
 
@@ -51,6 +58,11 @@ class CompressRecipe(_Recipe):
     )
     values_dtype: Literal["f32", "bf16", "int8"] = Field(
         "f32", description="type of the stored values, U and V; with int8 values, U and V are bf16"
+    )
+    head: Literal["keep", "int8"] = Field(
+        "keep",
+        description="the output head and the embedding tied to it, often the largest matrix: as it is, or rounded to "
+        "int8; not counted by the budget, and for ONNX Runtime only",
     )
     rank_share: float | None = Field(
         _DEFAULT.rank_share,
@@ -104,8 +116,21 @@ class ValidateRecipe(_Recipe):
     latency_seconds: float = Field(
         40.0, gt=0, description="time for all latency samples; noise may double it, never the number of rounds"
     )
+    batches: list[int] = Field(
+        default_factory=lambda: [2, 4, 8],
+        description="batch sizes to measure decoding with beside 1, briefly and without a limit; 2,4,8 if not given",
+    )
+    harness_tasks: list[str] = Field(
+        default_factory=list,
+        description="tasks of lm-evaluation-harness to score both engines with, by name or as YAML files; needs "
+        'pip install "sslc-export[harness]"',
+    )
+    harness_samples: int | None = Field(None, gt=0, description="samples of each harness task (default: all)")
     limits: str | None = Field(None, description="YAML file of limits; flags win over it, see docs/verdict.md")
     max_perplexity_ratio: float | None = Field(None, gt=0, description="held-out perplexity over the dense model's")
+    min_harness_recovery: float | None = Field(
+        None, gt=0, description="harness score over the dense engine's, for the worst task and metric"
+    )
     min_decode_speedup: float | None = Field(None, gt=0, description="decode speed over the dense engine's")
     min_prefill_speedup: float | None = Field(None, gt=0, description="prefill speed over the dense engine's")
     max_size_ratio: float | None = Field(None, gt=0, description="engine bytes over the dense engine's")
@@ -113,6 +138,11 @@ class ValidateRecipe(_Recipe):
         None, description="verdict.json of an accepted build; the report says what changed since"
     )
     report: str | None = Field(None, description="folder of the report (default: report/ beside the engine)")
+
+    @field_validator("batches", "harness_tasks", mode="before")
+    @classmethod
+    def _split_lists(cls, given: object) -> object:
+        return _split(given)
 
 
 class PlanRecipe(_Recipe):
@@ -131,10 +161,10 @@ class PlanRecipe(_Recipe):
     )
     triton: str | None = Field(None, description="folder to write a Triton Inference Server repository to")
 
-    @field_validator("target")
+    @field_validator("target", mode="before")
     @classmethod
-    def _split(cls, given: list[str]) -> list[str]:
-        return [name.strip() for item in given for name in item.split(",")]
+    def _split_targets(cls, given: object) -> object:
+        return _split(given)
 
 
 class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
@@ -147,6 +177,14 @@ class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
     )
     reference: str | None = Field(
         None, description="the dense model to compare with, where --model is compressed already"
+    )
+    predict_only: bool = Field(
+        False, description="for .onnx: print the bytes and the speed that this build would bring here, and stop"
+    )
+    compress_slower: bool = Field(
+        False,
+        description="for .onnx: compress layers, too, that are predicted to decode slower than dense ones; they are "
+        "still smaller",
     )
     skip_validation: bool = Field(False, description="only build; nothing is proven about the engine")
 

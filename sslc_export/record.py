@@ -126,38 +126,54 @@ def engine_record(record: dict[str, Any], engine: OnnxRuntimeEngine, path: Path)
     from validate.verdict import EngineRecord
 
     return EngineRecord(
-        name=record["engine"],
+        name=path.name,  # the record may be of a plan, too, that this graph stands beside
         kernel_layers=engine.kernel_layers,
         dense_layers=engine.dense_layers,
         build_record=str(record_path(path)),
         kernel=engine.kernel,
         fallback_reason=engine.fallback_reason,
+        build=build_facts({**record, "runtime": "onnxruntime"}, path.parent / record["checkpoint"]),
     )
+
+
+def build_facts(record: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What a report shows of the build record and of the compression: all but the lists of layers."""
+    lists = ("kernel_layers", "dense_layers")
+    facts = {name: value for name, value in record.items() if name not in (*lists, "record_version", "engine")}
+    if "tensorrt" in facts:
+        facts["tensorrt"] = {
+            name: value for name, value in facts["tensorrt"].items() if name not in ("layers", "dense_layers")
+        }
+    return facts | {"compression": {name: value for name, value in _report(checkpoint).items() if name != "layers"}}
 
 
 def layer_records(checkpoint: Path) -> list[LayerRecord]:
     """The compression report of a compressed folder, as the verdict's layer table."""
     from validate.verdict import LayerRecord
 
-    rows = _report(checkpoint)["layers"]
-    names = ("name", "rank", "density", "bytes", "dense_bytes", "error")
+    report = _report(checkpoint)
+    rows = report["layers"] + ([report["head"]] if report["head"] else [])
+    names = ("name", "rank", "density", "bytes", "dense_bytes", "error", "dense_reason")
     return [LayerRecord(**{name: row[name] for name in names}) for row in rows]
 
 
 def ledger(record: dict[str, Any], engine: Path, twin: LoweringReport | None, threads: int | None) -> SizeLedger:
     """Engine, checkpoint, layer and memory bytes, beside those of the dense twin."""
-    from sslc_export.engines.memory import resident_bytes
+    from sslc_export.engines.memory import engine_memory
     from validate.size import Bytes, SizeLedger, file_bytes
 
     files = [engine.parent / name for name in record["files"] if not name.endswith(".plan")]
     layers = layer_records(engine.parent / record["checkpoint"])
+    ours, theirs = engine_memory(engine, threads), engine_memory(twin.path, threads) if twin else None
     return SizeLedger(
         engine=Bytes(file_bytes([twin.path, *twin.external_files]) if twin else None, file_bytes(files)),
         layers=Bytes(sum(row.dense_bytes for row in layers), sum(row.bytes for row in layers)),
         checkpoint=Bytes(
             file_bytes(twin.external_files) if twin else None, file_bytes(f for f in files if f != engine)
         ),
-        memory=Bytes(resident_bytes(twin.path, threads) if twin else None, resident_bytes(engine, threads)),
+        memory=Bytes(theirs.resident if theirs else None, ours.resident),
+        mapped=Bytes(theirs.mapped if theirs else None, ours.mapped),
+        kv_cache=Bytes(theirs.kv_cache if theirs else None, ours.kv_cache),
     )
 
 

@@ -90,7 +90,7 @@ def perplexity(engine: Engine, chunks: np.ndarray, *, batch: int = 1, progress: 
         # Not longer in memory than needed: one chunk's logits are 100 MB for 512 tokens of a vocabulary of 49152.
         logits = check_logits(engine.run(ids)[0], (*ids.shape, engine.vocab_size), engine.name)
         for row, tokens in zip(logits, ids, strict=True):
-            total, bad = _negative_log_likelihood(row[:-1], tokens[1:])
+            total, bad = negative_log_likelihood(row[:-1], tokens[1:])
             nll.append(total / (len(tokens) - 1))
             non_finite += bad
         del logits
@@ -127,8 +127,16 @@ def perplexity_ratio(compressed: Perplexity, dense: Perplexity) -> PerplexityRat
     return PerplexityRatio(ratio, ratio * _standard_error(differences))
 
 
-def _negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
-    """Sum over positions, in nats, of −log p(target), and how many logits were not finite."""
+def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    """Sum over positions, in nats, of −log p(target), and how many logits were not finite.
+
+    Args:
+        logits: [n, V].
+        targets: Token ids [n].
+
+    Returns:
+        The sum, NaN if a logit was not finite, and their number.
+    """
     non_finite = int((~np.isfinite(logits)).sum())
     if non_finite:
         return math.nan, non_finite

@@ -14,12 +14,15 @@ attention, positions, masks, the cache, norms.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from sslc_common.errors import InputError
 from validate.progress import Progress, silent
 from validate.tokens import left_padded
 
@@ -102,6 +105,8 @@ class LayerErrors:
         kernel: Alone, the kernel against the ONNX body; None without a kernel.
         input: In place, its input against PyTorch's, in the worst phase.
         output: In place, its output.
+        cosine: In place, of the angle between the two outputs; the smallest of the phases.
+        max_error_over_rms: In place, the largest error of an output over the rms of PyTorch's; the largest.
     """
 
     name: str
@@ -110,6 +115,8 @@ class LayerErrors:
     kernel: float | None
     input: float
     output: float
+    cosine: float = 1.0
+    max_error_over_rms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,18 @@ def attribute(
         limit: Relative L2 above which an error is more than rounding.
         tokens: How many of L are looked at.
         progress: Wraps the loop over layers.
+
+    Raises:
+        InputError: the two do not have the same layers.
     """
     places, inputs = _in_place(reference, engine, text[:, :tokens])
+    if inputs.keys() != {*engine.layers, LOGITS}:
+        raise InputError(
+            "The engine does not have the layers of its compressed model",
+            got=f"{min(inputs.keys() ^ {*engine.layers, LOGITS})} in only one of them",
+            allowed="the same compressed layers in both, by name",
+            do="Build the engine again with sslc-export",
+        )
     layers: list[LayerErrors] = []
     faults: dict[str, Finding] = {}
     other: list[str] = []  # layers whose weights in the engine are not the checkpoint's
@@ -183,8 +200,8 @@ def attribute(
             )
         before = reference.dense(name, X)
         compression = None if before is None else relative_l2(before, exact)
-        worst = [max(phase[name][side] for phase in places.values()) for side in (0, 1)]
-        layers.append(LayerErrors(name, compression, lowering, kernel, *worst))
+        worst = functools.reduce(_Place.worse, (phase[name] for phase in places.values()))
+        layers.append(LayerErrors(name, compression, lowering, kernel, **vars(worst)))
         if lowering > limit:
             different = engine.different_weights(name)
             other += [name] if different else []
@@ -212,13 +229,32 @@ def relative_l2(reference: np.ndarray, other: np.ndarray) -> float:
     return error / scale
 
 
-_Places = dict[str, dict[str, tuple[float, float]]]
+@dataclass(frozen=True)
+class _Place:
+    """A layer in the whole graph: relative L2 of its input, and how far its output is off."""
+
+    input: float
+    output: float
+    cosine: float
+    max_error_over_rms: float
+
+    def worse(self, other: _Place) -> _Place:
+        """The worse of each."""
+        return _Place(
+            max(self.input, other.input),
+            max(self.output, other.output),
+            min(self.cosine, other.cosine),
+            max(self.max_error_over_rms, other.max_error_over_rms),
+        )
+
+
+_Places = dict[str, dict[str, _Place]]
 
 
 def _in_place(
     reference: ReferenceProbe, engine: EngineProbe, text: np.ndarray
 ) -> tuple[_Places, dict[str, np.ndarray]]:
-    """Errors of each layer's (input, output) by phase, and the inputs [≤ _ROWS, K] that PyTorch gave each."""
+    """Errors of each layer by phase, and the inputs [≤ _ROWS, K] that PyTorch gave each."""
     places: _Places = {}
     inputs: dict[str, np.ndarray] = {}
     split = text.shape[1] - _STEPS
@@ -235,7 +271,7 @@ def _in_place(
             phase = prefix + ("prefill" if span.start == 0 else "decode")
             errors = _compare(wanted, found, visible[:, span].astype(bool))
             known = places.setdefault(phase, errors)
-            places[phase] = {name: (max(known[name][0], x), max(known[name][1], y)) for name, (x, y) in errors.items()}
+            places[phase] = {name: known[name].worse(place) for name, place in errors.items()}
             if not inputs:
                 inputs = {name: _some_rows(both.X) for name, both in wanted.items()}
     return places, inputs
@@ -243,14 +279,20 @@ def _in_place(
 
 def _compare(
     wanted: Mapping[str, Activations], found: Mapping[str, Activations], valid: np.ndarray
-) -> dict[str, tuple[float, float]]:
-    return {
-        name: (
-            relative_l2(wanted[name].X[valid], both.X[valid]),
-            relative_l2(wanted[name].Y[valid], both.Y[valid]),
-        )
-        for name, both in found.items()
-    }
+) -> dict[str, _Place]:
+    """Layers that both have, at the positions [B, S] that are not padding."""
+    places = {}
+    for name in wanted.keys() & found.keys():
+        right, Y = (both[name].Y[valid].astype(np.float64) for both in (wanted, found))
+        scale = float(np.linalg.norm(right))
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            cosine = float((right * Y).sum() / (scale * np.linalg.norm(Y))) if scale and Y.any() else float(not scale)
+            error = float(np.abs(Y - right).max() / (scale / math.sqrt(right.size))) if scale else float(Y.any())
+        if not np.isfinite(Y).all():
+            cosine, error = -1.0, math.inf  # NaN would be neither the smallest nor the largest
+        inputs = relative_l2(wanted[name].X[valid], found[name].X[valid])
+        places[name] = _Place(inputs, relative_l2(right, Y), cosine, error)
+    return places
 
 
 def _some_rows(X: np.ndarray) -> np.ndarray:
@@ -272,7 +314,7 @@ def _first(names: Sequence[str], places: _Places, faults: Mapping[str, Finding],
     for phase, errors in places.items():
         before, largest = None, 0.0
         for name in names:
-            x, y = errors[name]
+            x, y = errors[name].input, errors[name].output
             if x > limit and x > _JUMP * largest:
                 return _between(name, before, x, phase)
             if name in faults:

@@ -1,4 +1,8 @@
-"""What changed since an accepted verdict. Only what is comparable is compared: the same text, intervals that part."""
+"""What changed since an accepted verdict. Only what is comparable is compared.
+
+Perplexities of the same text; speed-ups that were both measured on a quiet machine. A speed-up changed if the two
+intervals part, and by more than whole measurements of the same engines differ from each other.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,12 @@ from typing import Any, Literal
 
 from sslc_common.errors import InputError
 
-Outcome = Literal["better", "same", "worse"]
+Outcome = Literal["better", "same", "worse", "unclear"]
 
 # Sizes and perplexities of a rebuild with the same seed are equal; across versions of torch they waver by less.
 _TOLERANCE = 0.002
+# An interval knows the noise inside a run. Where memory came to lie, and what the machine did, differ between runs.
+_BETWEEN_RUNS = 0.02
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Change:
         metric: Its path in verdict.json.
         before: In the baseline.
         now: In this verdict.
-        outcome: "better", "same" or "worse".
+        outcome: "better", "same", "worse", or "unclear" where a measurement was unstable.
         reason: How that was decided.
     """
 
@@ -65,7 +71,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[Change, ...]:
         metric = f"latency.{phase}.speedup"
         old, new = _at(before, metric), _at(now, metric)
         if old is not None and new is not None and None not in (*old.values(), *new.values()):
-            found.append(_faster_is_better(metric, old, new))
+            stable = all(_at(document, f"latency.{phase}.stable") for document in (before, now))
+            found.append(_faster_is_better(metric, old, new, stable))
     return tuple(found)
 
 
@@ -75,14 +82,17 @@ def _smaller_is_better(metric: str, old: float, new: float) -> Change:
     return Change(metric, old, new, outcome, f"{change:+.2%} (within ±{_TOLERANCE:.1%} is the same)")
 
 
-def _faster_is_better(metric: str, old: dict[str, float], new: dict[str, float]) -> Change:
+def _faster_is_better(metric: str, old: dict[str, float], new: dict[str, float], stable: bool) -> Change:
     outcome: Outcome = "same"
-    if new["high"] < old["low"]:
+    if not stable:
+        outcome = "unclear"
+    elif new["high"] < old["low"] * (1 - _BETWEEN_RUNS):
         outcome = "worse"
-    elif new["low"] > old["high"]:
+    elif new["low"] > old["high"] * (1 + _BETWEEN_RUNS):
         outcome = "better"
     intervals = f"{old['low']:.3f} to {old['high']:.3f}, now {new['low']:.3f} to {new['high']:.3f}"
-    return Change(metric, old["median"], new["median"], outcome, f"95% intervals: {intervals}")
+    reason = f"95% intervals: {intervals}" + ("" if stable else "; a measurement was unstable")
+    return Change(metric, old["median"], new["median"], outcome, reason)
 
 
 def _at(document: dict[str, Any], path: str) -> Any:

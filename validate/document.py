@@ -13,7 +13,9 @@ from typing import Any
 
 from validate.accuracy import Accuracy, Perplexity
 from validate.attribution import Attribution
-from validate.latency import COMPRESSED, DENSE, Latency, PhaseLatency
+from validate.harness import Harness
+from validate.latency import Latency
+from validate.sampler import COMPRESSED, DENSE, PhaseLatency
 from validate.size import Bytes, SizeLedger
 from validate.statistics import Summary
 from validate.verdict import Results, Verdict
@@ -46,12 +48,14 @@ def to_document(verdict: Verdict) -> dict[str, Any]:
         "numerics": asdict(results.numerics) if results.numerics else None,
         "attribution": _attribution(results.attribution) if results.attribution else None,
         "accuracy": _accuracy(results.accuracy) if results.accuracy else None,
+        "harness": _harness(results.harness) if results.harness else None,
         "latency": _latency(results.latency) if results.latency else None,
         "limits": [asdict(limit) for limit in verdict.limits],
         "skipped": [{"what": what, "reason": reason} for what, reason in results.skipped.items()],
         "layers": [asdict(layer) for layer in results.layers],
         "baseline": [asdict(change) for change in results.baseline],
         "environment": asdict(results.environment),
+        "seconds": results.seconds,
     }
     nulls = _missing(results)
     document = _finite(document, "", nulls)
@@ -68,6 +72,9 @@ def _size(size: SizeLedger) -> dict[str, Any]:
         "layers": pair(size.layers),
         "checkpoint": pair(size.checkpoint),
         "memory": pair(size.memory),
+        "mapped": pair(size.mapped),
+        "kv_cache": pair(size.kv_cache),
+        "gpu": pair(size.gpu),
     }
 
 
@@ -103,10 +110,15 @@ def _accuracy(accuracy: Accuracy) -> dict[str, Any]:
     }
 
 
+def _harness(harness: Harness) -> dict[str, Any]:
+    return asdict(harness) | {"worst_recovery": harness.worst_recovery}
+
+
 def _latency(latency: Latency) -> dict[str, Any]:
     return {
         "prefill": _phase(latency.prefill),
         "decode": _phase(latency.decode),
+        "sweep": [{"batch": batch} | _phase(measured) for batch, measured in latency.sweep.items()],
         "options": asdict(latency.options),
         "threads": latency.threads,
     }
@@ -120,9 +132,11 @@ def _phase(phase: PhaseLatency) -> dict[str, Any]:
             name: _milliseconds(summary) | {"tokens_per_second": phase.tokens_per_second(name)}
             for name, summary in phase.engines.items()
         },
+        "host": {name: _milliseconds(summary) for name, summary in phase.host.items()},
         "stable": phase.gate.stable,
         "unstable_because": list(phase.gate.reasons),
         "load": asdict(phase.gate.load),
+        "clocks": asdict(phase.gate.clocks),
         "attempts": phase.attempts,
         "repeated_because": list(phase.repeated_because),
     }
@@ -144,7 +158,7 @@ def _milliseconds(summary: Summary) -> dict[str, Any]:
 def _missing(results: Results) -> dict[str, str]:
     """Why main values are null although nothing went wrong."""
     nulls = {}
-    for stage in ("numerics", "attribution", "accuracy", "latency"):
+    for stage in ("numerics", "attribution", "accuracy", "harness", "latency"):
         if getattr(results, stage) is None:
             nulls[stage] = results.why_missing(stage)
     if results.size.ratio is None:

@@ -6,11 +6,16 @@ import html
 import re
 from importlib import resources
 
-from validate.latency import COMPRESSED, DENSE, Latency
+from validate.blocks import Block, Table
+from validate.latency import Latency
 from validate.plots import bars, distributions, scatter
-from validate.sections import Block, Section, Table, sections
+from validate.sampler import COMPRESSED, DENSE
+from validate.sections import Section, sections
 from validate.summary import headline
 from validate.verdict import Results, Verdict
+
+# A number stays on one line with its unit.
+_UNIT, _TIED = re.compile(r"(?<=\d) (?=MB|kB|ms)|(?<=±) "), "\N{NO-BREAK SPACE}"
 
 _OPEN = ("", "Limits", "Since the baseline", "Not measured")  # sections that are not folded away
 
@@ -41,11 +46,12 @@ def _tiles(results: Results) -> str:
     if results.latency:
         for name, phase in (("decode", results.latency.decode), ("prefill", results.latency.prefill)):
             if phase.speedup:
-                interval = f"{phase.speedup.low:.2f} to {phase.speedup.high:.2f}"
+                interval = f"{phase.speedup.low:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{phase.speedup.high:.2f}"
                 tiles.append((name, f"{phase.speedup.median:.2f}×", f"as fast ({interval})"))
     if results.accuracy and results.accuracy.ratio:
         ratio = results.accuracy.ratio
-        tiles.append(("perplexity", _number(f"{ratio.ratio:.3f}×"), f"the dense model's, ± {ratio.standard_error:.3f}"))
+        error = f"±\N{NO-BREAK SPACE}{ratio.standard_error:.3f}"
+        tiles.append(("perplexity", _number(f"{ratio.ratio:.3f}×"), f"of dense, {error}"))
     if results.numerics:
         tiles.append(("logits", _number(f"{results.numerics.relative_l2:.1e}"), "relative L2 to PyTorch"))
     cells = (
@@ -63,7 +69,9 @@ def _section(section: Section, results: Results) -> str:
     drawn = plots[section.title](results) if section.title in plots else ""
     blocks = "\n".join(_block(block) for block in section.blocks)
     if section.title not in _OPEN:
-        blocks = f"<details{'' if drawn else ' open'}><summary>all figures</summary>\n{blocks}\n</details>"
+        folded = drawn or section.title == "Build record"
+        blocks = f"<details{'' if folded else ' open'}><summary>all figures</summary>\n{blocks}\n</details>"
+    drawn = f'<div class="plots">{drawn}</div>\n' if drawn else ""
     title = f"<h2>{html.escape(section.title)}</h2>\n" if section.title else ""
     return f"<section>\n{title}{drawn}{blocks}\n</section>"
 
@@ -72,7 +80,9 @@ def _block(block: Block) -> str:
     if not isinstance(block, Table):
         return f"<p>{_inline(block)}</p>"
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.header)
-    rows = "\n".join("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td>{_UNIT.sub(_TIED, _inline(cell))}</td>" for cell in row) + "</tr>" for row in block.rows
+    )
     kind = ' class="figures"' if block.right else ""
     return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
@@ -80,7 +90,7 @@ def _block(block: Block) -> str:
 def _inline(text: str) -> str:
     """Escapes, then marks `code` and **strong** words; outcomes get their colour."""
     text = html.escape(text)
-    if text in ("passed", "regression", "inconclusive", "better", "same", "worse"):
+    if text in ("passed", "regression", "inconclusive", "better", "same", "worse", "unclear"):
         return f'<span class="{text}">{text}</span>'
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", re.sub(r"`(.+?)`", r"<code>\1</code>", text))
 

@@ -61,6 +61,7 @@ class Limits(_Checked):
         min_top1_agreement: Share of positions with the same most likely token, near-ties forgiven.
         max_layer_error: Relative L2 of a compressed layer alone, in lowering or kernel, in the worst layer.
         max_perplexity_ratio: Held-out perplexity over the dense model's.
+        min_harness_recovery: Score over the dense engine's in lm-evaluation-harness, for the worst of its metrics.
         min_prefill_speedup: Dense over compressed time of a prefill.
         min_decode_speedup: Dense over compressed time of a decode step.
         max_size_ratio: Engine bytes over the dense engine's.
@@ -70,6 +71,7 @@ class Limits(_Checked):
     min_top1_agreement: Limit | None = None
     max_layer_error: Limit = Limit(value=DEFAULT_RELATIVE_L2)
     max_perplexity_ratio: Limit | None = None
+    min_harness_recovery: Limit | None = None
     min_prefill_speedup: Limit | None = None
     min_decode_speedup: Limit | None = None
     max_size_ratio: Limit | None = None
@@ -166,15 +168,19 @@ class LimitResult:
     limit_reason: str | None = None
 
 
+def _digits(value: float, limit: float) -> str:
+    """A number with as many digits as it takes to see on which side of a limit it is, at least three."""
+    texts = [f"{value:.{digits}g}" for digits in (3, 6, 17)]
+    return next((text for text in texts if float(text) != limit or value == limit), texts[-1])
+
+
 def check_value(name: str, metric: str, value: float, limit: Limit, comparison: Comparison) -> LimitResult:
     """Judges a value without noise: equal to the limit still passes; NaN never does."""
     kept = value <= limit.value if comparison == "<=" else value >= limit.value
     if math.isnan(value):
         reason = "not a number: an output was NaN or infinite"
     else:
-        reason = (
-            f"{value:.6g} {comparison} {limit.value:g}" if kept else f"{value:.6g} is not {comparison} {limit.value:g}"
-        )
+        reason = f"{_digits(value, limit.value)} {'' if kept else 'is not '}{comparison} {limit.value:g}"
     outcome: Outcome = "passed" if kept else "regression"
     return LimitResult(name, metric, value, None, None, limit.value, comparison, outcome, reason, limit.reason)
 

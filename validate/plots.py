@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 150, 44, 20
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 480, 150, 38, 20
 
 
-def distributions(title: str, samples: Mapping[str, Sequence[float]], bins: int = 60) -> str:
+def distributions(title: str, samples: Mapping[str, Sequence[float]]) -> str:
     """Histograms of several samples over one axis, each with its median; 1 % at both ends is left out."""
     everything = np.concatenate([np.asarray(values) for values in samples.values()])
+    bins = int(np.clip(3 * math.sqrt(len(everything)), 12, 60))
     low, high = (float(x) for x in np.quantile(everything, (0.01, 0.99)))
     if high <= low:
         low, high = low * 0.99, low * 1.01 + 1e-9
@@ -76,7 +77,7 @@ def scatter(title: str, names: Sequence[str], series: Mapping[str, Sequence[floa
 
 
 def _figure(title: str, drawn: Sequence[str], legend: Mapping[str, str] | None = None) -> str:
-    keys = "".join(f'<span class="{kind}">{html.escape(name)}</span>' for name, kind in (legend or {}).items())
+    keys = " ".join(f'<span class="{kind}">{html.escape(name)}</span>' for name, kind in (legend or {}).items())
     axis = f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{_HEIGHT}" y2="{_HEIGHT}"/>'
     return (
         f'<figure><figcaption>{html.escape(title)} <span class="legend">{keys}</span></figcaption>'

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 from sslc_common.files import atomic_path
+from validate.blocks import Table
 from validate.document import to_document
 from validate.html import render_html
 from validate.junit import render_junit
-from validate.sections import Table, sections
+from validate.sections import sections
 from validate.summary import headline
 from validate.verdict import Verdict
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal
+from time import perf_counter
+from typing import Literal, get_args
 
 import numpy as np
 
 from validate import environment
 from validate.accuracy import Accuracy, perplexity, perplexity_ratio
-from validate.attribution import Attribution, EngineProbe, ReferenceProbe, attribute
+from validate.attribution import EngineProbe, ReferenceProbe, attribute
 from validate.engine import Engine
-from validate.latency import COMPRESSED, DENSE, Latency, LatencyOptions, measure
+from validate.harness import Harness
+from validate.latency import LatencyOptions, measure
 from validate.limits import DEFAULT_RELATIVE_L2, Limits
-from validate.numerics import Numerics, NumericsOptions, compare
+from validate.numerics import NumericsOptions, compare
 from validate.progress import Progress, silent
+from validate.sampler import COMPRESSED, DENSE
 from validate.size import SizeLedger
 from validate.verdict import EngineRecord, LayerRecord, Results, Verdict, judge
 
-Stage = Literal["numerics", "attribution", "accuracy", "latency"]
+Stage = Literal["numerics", "attribution", "accuracy", "harness", "latency"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 Probes = Callable[[], tuple[ReferenceProbe, EngineProbe]]
+Scorer = Callable[[Engine, Engine | None], Harness]
 
 # Rows of held-out text to compare logits on, when no other text is given: two, so that a batch is a real one.
 _TEXT_ROWS = 2
@@ -46,12 +51,13 @@ def validate(
     held_out: np.ndarray | None = None,
     text: np.ndarray | None = None,
     prompts: Sequence[np.ndarray] | None = None,
+    harness: Scorer | None = None,
     limits: Limits | None = None,
     options: Options | None = None,
     sizes: SizeLedger | None = None,
     record: EngineRecord | None = None,
     layers: Sequence[LayerRecord] = (),
-    skip: Mapping[Stage, str] | None = None,
+    skip: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> Verdict:
     """Judges an engine.
@@ -64,28 +70,31 @@ def validate(
         held_out: Token ids [n, L] of text that nothing was calibrated on, for perplexity.
         text: Token ids [B, L] to compare logits on; by default the first rows of `held_out`.
         prompts: Token ids [P] to continue greedily; by default the beginnings of `text`.
+        harness: Scores engine and dense engine by lm-evaluation-harness.
         limits: What the engine must keep.
         options: How thoroughly each stage looks.
         sizes: The size ledger.
         record: What the build record says about the engine.
         layers: The compression report.
-        skip: Stages not to run, each with the reason.
+        skip: Stages not to run, or parts of them that the caller left out ("latency.sweep"), each with the reason.
         progress: Wraps the loops that take long.
 
     Raises:
         InputError: the engines or the texts do not belong together.
     """
     limits, options, sizes = limits or Limits(), options or Options(), sizes or SizeLedger()
-    skipped: dict[str, str] = {str(stage): reason for stage, reason in (skip or {}).items()}
+    skipped = dict(skip or {})
     if text is None and held_out is not None:
         text = held_out[:_TEXT_ROWS]
 
-    numerics = attribution = accuracy = latency = None
+    numerics = attribution = accuracy = scores = latency = None
+    times = [perf_counter()]
     if reference is None or text is None:
         missing = "no PyTorch model to compare with" if reference is None else "no text to compare logits on"
         skipped.setdefault("numerics", f"{missing} was given")
     if "numerics" not in skipped and reference is not None and text is not None:
         numerics = compare(reference, engine, text, prompts=prompts, options=options.numerics, progress=progress)
+    times.append(perf_counter())
 
     if probes is None or text is None:
         missing = "no way into the engine's layers" if probes is None else "no text to run them on"
@@ -94,6 +103,7 @@ def validate(
         # Below the ordinary rounding of float32 a layer cannot be judged, however tight the limit on the logits is.
         limit = max(limits.max_layer_error.value, DEFAULT_RELATIVE_L2)
         attribution = attribute(*probes(), text, limit=limit, progress=progress)
+    times.append(perf_counter())
 
     if held_out is None:
         skipped.setdefault("accuracy", "no held-out text was given")
@@ -101,6 +111,15 @@ def validate(
         accuracy = _accuracy(engine, dense, held_out, options.perplexity_batch, progress)
         if dense is None:
             skipped["accuracy.dense"] = "no dense engine was given"
+    times.append(perf_counter())
+
+    if harness is None:
+        skipped.setdefault("harness", "no tasks of lm-evaluation-harness were given")
+    if "harness" not in skipped and harness is not None:
+        scores = harness(engine, dense)
+        if dense is None:
+            skipped["harness.dense"] = "no dense engine was given"
+    times.append(perf_counter())
 
     if "latency" not in skipped:
         engines = {COMPRESSED: engine} if dense is None else {DENSE: dense, COMPRESSED: engine}
@@ -112,9 +131,20 @@ def validate(
         latency = measure(engines, options=options.latency, thresholds=thresholds, progress=progress)
         if dense is None:
             skipped["latency.dense"] = "no dense engine was given"
+    times.append(perf_counter())
 
-    record = record or EngineRecord(engine.name)
-    return judge(_results(record, sizes, layers, skipped, numerics, attribution, accuracy, latency), limits)
+    seconds = dict(zip(STAGES, np.diff(times).tolist(), strict=True))
+    results = _results(record or EngineRecord(engine.name), sizes, layers, skipped)
+    results = replace(
+        results,
+        numerics=numerics,
+        attribution=attribution,
+        accuracy=accuracy,
+        harness=scores,
+        latency=latency,
+        seconds={stage: took for stage, took in seconds.items() if stage not in skipped},
+    )
+    return judge(results, limits)
 
 
 def unexecuted(
@@ -127,30 +157,20 @@ def unexecuted(
 ) -> Verdict:
     """The verdict on an engine that cannot run here: its size, and `reason` for all that was not measured."""
     sizes = sizes or SizeLedger()
-    skipped = dict.fromkeys(("numerics", "attribution", "accuracy", "latency"), reason)
+    skipped: dict[str, str] = dict.fromkeys(STAGES, reason)
     return judge(_results(record, sizes, layers, skipped), limits or Limits())
 
 
 def _results(
-    record: EngineRecord,
-    sizes: SizeLedger,
-    layers: Sequence[LayerRecord],
-    skipped: dict[str, str],
-    numerics: Numerics | None = None,
-    attribution: Attribution | None = None,
-    accuracy: Accuracy | None = None,
-    latency: Latency | None = None,
+    record: EngineRecord, sizes: SizeLedger, layers: Sequence[LayerRecord], skipped: dict[str, str]
 ) -> Results:
+    """What is known before anything is measured."""
     if sizes.ratio is None:
         skipped["size"] = "the sizes of the engine and of a dense one were not both given"
     return Results(
         engine=record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment.describe(),
-        numerics=numerics,
-        attribution=attribution,
-        accuracy=accuracy,
-        latency=latency,
         size=sizes,
         layers=tuple(layers),
         skipped=skipped,

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from validate.attribution import Attribution
-from validate.latency import Latency
+from validate.blocks import MISSING, Block, Table
+from validate.harness import Harness
+from validate.latency_section import latency_blocks, prediction_table
 from validate.limits import LimitResult
 from validate.numerics import Numerics
-from validate.summary import MISSING, SUMMARY_HEADER, summary_table
+from validate.record_section import build_blocks, environment_table
+from validate.summary import SUMMARY_HEADER, summary_table
 from validate.verdict import Results, Verdict
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a header; with `right`, all columns but the first are figures."""
-
-    header: Sequence[str]
-    rows: Iterable[Sequence[str]]
-    right: bool = False
-
-
-# A paragraph may have `code` and **strong** words.
-Block = str | Table
 
 
 @dataclass(frozen=True)
@@ -46,17 +36,23 @@ def sections(verdict: Verdict) -> list[Section]:
     ]
     if results.baseline:
         parts.append(Section("Since the baseline", [_baseline(results)]))
-    if results.numerics:
-        parts.append(Section("Numerics", _numerics(results.numerics)))
-    if results.attribution:
-        parts.append(Section("Where errors come from", _attribution(results.attribution)))
-    if results.latency:
-        parts.append(Section("Latency", _latency(results.latency)))
     if results.skipped:
         parts.append(Section("Not measured", [Table(("what", "why"), list(results.skipped.items()))]))
+    if results.latency:
+        parts.append(Section("Latency", latency_blocks(results.latency)))
+    if results.latency and results.engine.predicted_speedup:
+        parts.append(Section("Predicted speed", [prediction_table(results.latency, results.engine.predicted_speedup)]))
     if results.layers:
         parts.append(Section("Layers", [_layers(results)]))
-    parts.append(Section("Environment", [_environment(results)]))
+    if results.attribution:
+        parts.append(Section("Where errors come from", _attribution(results.attribution)))
+    if results.numerics:
+        parts.append(Section("Numerics", _numerics(results.numerics)))
+    if results.harness:
+        parts.append(Section("Zero-shot accuracy", _harness(results.harness)))
+    if results.engine.build:
+        parts.append(Section("Build record", build_blocks(results.engine.build)))
+    parts.append(Section("Environment", [environment_table(results)]))
     return parts
 
 
@@ -125,14 +121,23 @@ def _numerics(numerics: Numerics) -> list[Block]:
 
 
 def _attribution(attribution: Attribution) -> list[Block]:
-    header = ("layer", "compression", "lowering", "kernel", "input in place", "output in place")
+    alone, place = ("compression", "lowering", "kernel"), ("input", "output", "max error / rms", "cosine")
+    header = ("layer", *alone, *(f"{name} in place" for name in place))
     rows = [
         (
             layer.name,
             *(
                 MISSING if error is None else f"{error:.1e}"
-                for error in (layer.compression, layer.lowering, layer.kernel, layer.input, layer.output)
+                for error in (
+                    layer.compression,
+                    layer.lowering,
+                    layer.kernel,
+                    layer.input,
+                    layer.output,
+                    layer.max_error_over_rms,
+                )
             ),
+            f"{layer.cosine:.6f}",
         )
         for layer in attribution.layers
     ]
@@ -142,29 +147,9 @@ def _attribution(attribution: Attribution) -> list[Block]:
     return [f"**{said}**" if first else said, *notes, Table(header, rows, right=True)]
 
 
-def _latency(latency: Latency) -> list[Block]:
-    header = ("", "median", "p5", "p95", "mean", "variation", "drift", "samples")
-    rows, notes = [], []
-    for name, phase in (("prefill", latency.prefill), ("decode", latency.decode)):
-        for engine, summary in phase.engines.items():
-            times = (summary.median, summary.p5, summary.p95, summary.mean)
-            figures = [f"{seconds * 1e3:.2f} ms" for seconds in times]
-            signs = [f"{summary.variation:.1%}", f"{summary.drift:+.1%}", str(len(summary.samples))]
-            rows.append((f"{name}, {engine}", *figures, *signs))
-        load = phase.gate.load
-        state = "stable" if phase.gate.stable else "**unstable**: " + "; ".join(phase.gate.reasons)
-        notes.append(f"{name.capitalize()}: {state}. Other processes used {load.others:.2f} of {load.cores} cores.")
-        if phase.repeated_because:
-            notes[-1] += f" Measured twice, because at first {'; '.join(phase.repeated_because)}."
-    threads = ", ".join(f"{name} {count}" for name, count in latency.threads.items() if count is not None)
-    if threads:
-        notes.append(f"Threads: {threads}.")
-    return [Table(header, rows, right=True), *notes]
-
-
 def _layers(results: Results) -> Table:
-    header = ("layer", "rank", "density", "MB", "dense MB", "held-out error")
-    rows = [
+    header: tuple[str, ...] = ("layer", "rank", "density", "MB", "dense MB", "held-out error", "dense because")
+    rows: list[tuple[str, ...]] = [
         (
             layer.name,
             str(layer.rank),
@@ -172,21 +157,31 @@ def _layers(results: Results) -> Table:
             f"{layer.bytes / 1e6:.2f}",
             f"{layer.dense_bytes / 1e6:.2f}",
             MISSING if layer.error is None else f"{layer.error:.4f}",
+            layer.dense_reason or MISSING,
         )
         for layer in results.layers
     ]
+    if not any(layer.dense_reason for layer in results.layers):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return Table(header, rows, right=True)
 
 
-def _environment(results: Results) -> Table:
-    here = results.environment
-    facts = {
-        "machine": here.machine,
-        "processor": f"{here.cpu}, {here.logical_cores} cores, of which this process may use {len(here.affinity)}",
-        "memory": f"{here.memory_bytes / 2**30:.1f} GiB",
-        "governor": here.governor or "cannot be read",
-        "load average": ", ".join(f"{load:.2f}" for load in here.load_average),
-        "versions": ", ".join(f"{name} {version}" for name, version in here.versions.items()),
-        "build record": results.engine.build_record or MISSING,
-    }
-    return Table(("", ""), facts.items())
+def _harness(harness: Harness) -> list[Block]:
+    header = ("task", "metric", "dense", "compressed", "recovery", "samples")
+    rows = [
+        (
+            score.task,
+            score.metric,
+            MISSING if score.dense is None else _with_error(score.dense, score.dense_standard_error),
+            _with_error(score.score, score.standard_error),
+            MISSING if score.recovery is None else _with_error(score.recovery, score.recovery_standard_error),
+            str(score.samples),
+        )
+        for score in harness.scores
+    ]
+    note = f"lm-evaluation-harness {harness.version}, dense and compressed engine on the same samples."
+    return [note, Table(header, rows, right=True)]
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -41,13 +41,19 @@ class SizeLedger:
         engine: The engine files: the graph and the weights it refers to.
         layers: The weights of the compressed linear layers alone.
         checkpoint: The weight files of the Hugging Face folders.
-        memory: Growth of the resident memory when the engine was loaded and run once.
+        memory: Growth of the resident memory when the engine was loaded and run once, mapped files included.
+        mapped: The part of it that is mapped files: weights that processes share, and that the system can drop.
+        kv_cache: Of one token of one sequence, in the key-value cache of all layers.
+        gpu: Memory that the engine takes on the GPU, weights included, when it was loaded and run once.
     """
 
     engine: Bytes = Bytes()
     layers: Bytes = Bytes()
     checkpoint: Bytes = Bytes()
     memory: Bytes = Bytes()
+    mapped: Bytes = Bytes()
+    kv_cache: Bytes = Bytes()
+    gpu: Bytes = Bytes()
 
     @property
     def ratio(self) -> float | None:
@@ -70,14 +76,36 @@ def file_bytes(paths: Iterable[Path]) -> int:
     return sum(sizes.values())
 
 
-def measure_memory(load: Callable[[], T]) -> tuple[T, int]:
-    """Calls `load` and measures by how many bytes the resident memory of this process grew.
+@dataclass(frozen=True)
+class Memory:
+    """By how many bytes the memory of a process grew.
+
+    Attributes:
+        resident: In all.
+        mapped: Of it, files that are mapped; None where the operating system does not say.
+    """
+
+    resident: int
+    mapped: int | None
+
+
+def measure_memory(load: Callable[[], T]) -> tuple[T, Memory]:
+    """Calls `load` and measures by how many bytes the memory of this process grew.
 
     `load` should run one forward pass too: mapped weights take no memory before they are touched.
     Freed memory that the process already had is used again unseen, so measure in a fresh process, or the smaller first.
     """
     gc.collect()
-    before = psutil.Process().memory_info().rss
+    before = _memory()
     loaded = load()
     gc.collect()
-    return loaded, max(0, psutil.Process().memory_info().rss - before)
+    after = _memory()
+    mapped = None if before.mapped is None or after.mapped is None else max(0, after.mapped - before.mapped)
+    return loaded, Memory(max(0, after.resident - before.resident), mapped)
+
+
+def _memory() -> Memory:
+    """Of this process, now."""
+    info = psutil.Process().memory_info()
+    # Linux calls file-backed resident pages "shared", whether anyone shares them or not.
+    return Memory(info.rss, getattr(info, "shared", None))

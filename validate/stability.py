@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,12 +39,39 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Clocks:
+    """What the cores did during a measurement; None for what the operating system does not say.
+
+    Attributes:
+        low: Lowest frequency that was seen, MHz, mean over the cores of this process.
+        median: Half of the time below it.
+        high: Highest.
+        throttled: How often the processor slowed itself down for heat.
+    """
+
+    low: float | None = None
+    median: float | None = None
+    high: float | None = None
+    throttled: int | None = None
+
+    @classmethod
+    def of(cls, frequencies: Sequence[float | None], before: int | None, after: int | None) -> Clocks:
+        """From readings in MHz and from the counter of throttling at both ends."""
+        known = [mhz for mhz in frequencies if mhz is not None]
+        throttled = None if before is None or after is None else after - before
+        if not known:
+            return cls(throttled=throttled)
+        return cls(min(known), float(np.median(known)), max(known), throttled)
+
+
+@dataclass(frozen=True)
 class Gate:
     """The verdict on a measurement itself: stable, or the reasons why not."""
 
     stable: bool
     reasons: tuple[str, ...]
     load: Load
+    clocks: Clocks = Clocks()
 
 
 def load_between(seconds: float, own: float, everyone: float, cores: int, threads: int | None) -> Load:
@@ -63,15 +91,16 @@ def load_between(seconds: float, own: float, everyone: float, cores: int, thread
     return Load(used, max(0.0, everyone - own) / seconds, min(needed, cores), cores)
 
 
-def judge(summaries: dict[str, Summary], ratios: np.ndarray | None, load: Load) -> Gate:
-    """Checks variation, drift and load.
+def judge(summaries: dict[str, Summary], ratios: np.ndarray | None, load: Load, clocks: Clocks | None = None) -> Gate:
+    """Checks variation, drift, load and throttling.
 
     Args:
         summaries: Of each engine, by name.
         ratios: Paired ratios in the order of measurement, if there are two engines to compare.
         load: During the measurement.
+        clocks: During the measurement. Their frequency alone decides nothing: where it mattered, times drifted.
     """
-    reasons = []
+    reasons, clocks = [], clocks or Clocks()
     for name, summary in summaries.items():
         if summary.variation > MAX_VARIATION:
             reasons.append(f"{name} varies by {summary.variation:.0%} (at most {MAX_VARIATION:.0%})")
@@ -82,4 +111,6 @@ def judge(summaries: dict[str, Summary], ratios: np.ndarray | None, load: Load) 
     spare = load.cores - load.needed + MAX_TAKEN * load.needed
     if load.others > spare:
         reasons.append(f"other processes used {load.others:.1f} of {load.cores} cores (at most {spare:.1f})")
-    return Gate(not reasons, tuple(reasons), load)
+    if clocks.throttled:
+        reasons.append(f"the processor slowed itself down for heat, {clocks.throttled} times")
+    return Gate(not reasons, tuple(reasons), load, clocks)

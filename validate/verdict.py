@@ -7,13 +7,16 @@ unstable latency, an interval with the limit inside, or a value that was not mea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sslc_common import errors
 from validate.accuracy import Accuracy
 from validate.attribution import Attribution
 from validate.baseline import Change
 from validate.environment import Environment
+from validate.harness import Harness
 from validate.latency import Latency
 from validate.limits import (
     Comparison,
@@ -42,6 +45,9 @@ class EngineRecord:
         build_record: Where engine.json is.
         kernel: What runs the compressed layers: "avx512", "function" (the operator's ONNX body), ...
         fallback_reason: Why it is not our kernel; None if it is.
+        predicted_speedup: Dense time over the engine's that was expected on this machine, by phase ("prefill",
+            "decode"); None without a prediction.
+        build: The build record, as far as a report shows it; None without one.
     """
 
     name: str
@@ -50,6 +56,8 @@ class EngineRecord:
     build_record: str | None = None
     kernel: str | None = None
     fallback_reason: str | None = None
+    predicted_speedup: Mapping[str, float] | None = None
+    build: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class LayerRecord:
         bytes: Stored size.
         dense_bytes: Size of W in the same type.
         error: Relative error of the layer's output on held-out activations, if it was measured.
+        dense_reason: Why it stayed dense; empty if it did not.
     """
 
     name: str
@@ -71,6 +80,7 @@ class LayerRecord:
     bytes: int
     dense_bytes: int
     error: float | None = None
+    dense_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,14 @@ class Results:
         numerics: Against the compressed PyTorch model.
         attribution: Layer by layer: where errors come from.
         accuracy: On held-out text.
+        harness: Zero-shot accuracy by lm-evaluation-harness.
         latency: Beside the dense engine.
         size: On disk and in memory.
         layers: The compression report.
         baseline: What changed since an accepted verdict.
         skipped: Why something is missing, by what it is: "numerics", "attribution", "accuracy", "accuracy.dense",
-            "latency", "latency.dense", "size".
+            "harness", "latency", "latency.dense", "size".
+        seconds: How long each stage took.
     """
 
     engine: EngineRecord
@@ -98,11 +110,13 @@ class Results:
     numerics: Numerics | None = None
     attribution: Attribution | None = None
     accuracy: Accuracy | None = None
+    harness: Harness | None = None
     latency: Latency | None = None
     size: SizeLedger = field(default_factory=SizeLedger)
     layers: tuple[LayerRecord, ...] = ()
     baseline: tuple[Change, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def why_missing(self, what: str) -> str:
         """Reason that `what` ("latency.dense") or all of its stage ("latency") is missing."""
@@ -129,6 +143,7 @@ def judge(results: Results, limits: Limits) -> Verdict:
         *_numerics(results, limits),
         *_layers(results, limits),
         *_accuracy(results, limits),
+        *_harness(results, limits),
         *_latency(results, limits),
         *_size(results, limits),
     ]
@@ -174,6 +189,16 @@ def _accuracy(results: Results, limits: Limits) -> list[LimitResult]:
     if results.accuracy is None or results.accuracy.ratio is None:
         return [not_measured(name, metric, limit, "<=", results.why_missing("accuracy.dense"))]
     return [check_value(name, metric, results.accuracy.ratio.ratio, limit, "<=")]
+
+
+def _harness(results: Results, limits: Limits) -> list[LimitResult]:
+    name, metric, limit = "min_harness_recovery", "harness.worst_recovery", limits.min_harness_recovery
+    if limit is None:
+        return []
+    recovery = results.harness.worst_recovery if results.harness else None
+    if recovery is None:
+        return [not_measured(name, metric, limit, ">=", results.why_missing("harness.dense"))]
+    return [check_value(name, metric, recovery, limit, ">=")]
 
 
 def _latency(results: Results, limits: Limits) -> list[LimitResult]:

@@ -9,12 +9,25 @@ namespace sslc {
 extern const Kernels kPortable;
 #ifdef SSLC_X86
 extern const Kernels kAvx512;
+extern const PairKernels kAvx512Bf16Pairs;
 extern const Kernels kAvx2;
 #endif
 
 namespace {
 
 std::atomic<const Kernels*> forced{nullptr};
+
+#ifdef SSLC_X86
+const Kernels* avx512_bf16() {
+  static const Kernels kernels = [] {
+    Kernels made = kAvx512;
+    made.name = "avx512_bf16";
+    made.bf16_pairs = kAvx512Bf16Pairs;
+    return made;
+  }();
+  return &kernels;
+}
+#endif
 
 // Best first. __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 std::vector<const Kernels*> available() {
@@ -23,8 +36,10 @@ std::vector<const Kernels*> available() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))
+      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(avx512_bf16());
     found.push_back(&kAvx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))
     found.push_back(&kAvx2);

@@ -121,7 +121,9 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
 
 void PreparedLayer::forward(const float* x, int64_t M, float* y, const Parallel& parallel) const {
   if (M <= 0) return;
-  if (layer_.dtype == Dtype::i8)
+  if (const PairKernels* pairs = pairs_for(M))
+    forward_pairs(*pairs, x, M, y, parallel);
+  else if (layer_.dtype == Dtype::i8)
     forward_int8(x, M, y, parallel);
   else if (M <= kernels_->few)
     forward_few(x, M, y, parallel);
@@ -151,7 +153,36 @@ void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Paral
              [&](int64_t begin, int64_t end) { kernels.rows_few(layer_, begin, end, x, t, M, y); });
 }
 
-// For any number of tokens: 64 columns take two multiplications and one addition per token, fewer than on the non-zeros.
+// Null where 16-bit pairs are not what this many tokens are multiplied in.
+const PairKernels* PreparedLayer::pairs_for(int64_t M) const {
+  const PairKernels& pairs = layer_.dtype == Dtype::i8 ? kernels_->int8_pairs : kernels_->bf16_pairs;
+  return layer_.dtype != Dtype::f32 && pairs.from > 0 && M >= pairs.from ? &pairs : nullptr;
+}
+
+void PreparedLayer::forward_pairs(const PairKernels& kernels, const float* x, int64_t M, float* y,
+                                  const Parallel& parallel) const {
+  const int64_t N = layer_.N, K = layer_.K, Kp = layer_.words * kBlock, r = layer_.r, rp = round_up(r, kBlock);
+  const int64_t units = (M + 15) / 16, tiles = (M + kernels.columns - 1) / kernels.columns;
+  for (int64_t tile = 0, m = 0; tile < tiles; ++tile) {
+    const int64_t columns = (units * (tile + 1) / tiles - units * tile / tiles) * 16;
+    const int64_t count = std::min(columns, M - m);
+    float* t = scratch.at_least((rp + Kp / 2 + 1) * columns);
+    uint8_t* pairs = reinterpret_cast<uint8_t*>(t + rp * columns);
+    float* scales = t + (rp + Kp / 2) * columns;
+    std::memset(t + r * columns, 0, static_cast<size_t>((rp - r) * columns) * sizeof(float));
+    for_ranges(parallel, columns, 16, [&](int64_t begin, int64_t) {
+      kernels.pair_up(x + m * K, count, K, Kp, begin, columns, pairs, scales);
+    });
+    for_ranges(parallel, r, std::max<int64_t>(round_up(r / 2, 16), 16), [&](int64_t begin, int64_t end) {
+      kernels.project(layer_, begin, end, pairs, columns, t);
+    });
+    for_ranges(parallel, N, std::max<int64_t>(round_up(N / 8, 64), 64), [&](int64_t begin, int64_t end) {
+      kernels.rows(layer_, begin, end, pairs, scales, t, columns, count, y + m * N);
+    });
+    m += count;
+  }
+}
+
 void PreparedLayer::forward_int8(const float* x, int64_t M, float* y, const Parallel& parallel) const {
   const int64_t Kp = layer_.words * kBlock, rp = round_up(layer_.r, kBlock);
   const double K = static_cast<double>(layer_.K), factor = static_cast<double>(factor_size_of(layer_.dtype));

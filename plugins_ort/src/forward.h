@@ -23,6 +23,8 @@ class PreparedLayer {
   const TypeKernels& of_type() const;
   void forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_int8(const float* x, int64_t M, float* y, const Parallel& parallel) const;
+  const PairKernels* pairs_for(int64_t M) const;
+  void forward_pairs(const PairKernels& kernels, const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_many(const float* x, int64_t M, float* y, const Parallel& parallel) const;
 
   Layer layer_{};

@@ -19,6 +19,21 @@ inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
+
+using Lanes = __m256i;
+inline Lanes load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Lanes all_lanes(const uint8_t* p) {
+  int32_t lane;
+  __builtin_memcpy(&lane, p, 4);
+  return _mm256_set1_epi32(lane);
+}
+inline Vec as_floats(Lanes lanes) { return _mm256_castsi256_ps(lanes); }
+inline Lanes no_lanes() { return _mm256_setzero_si256(); }
+inline Vec to_floats(Lanes lanes) { return _mm256_cvtepi32_ps(lanes); }
+inline Lanes low_halves(Lanes lanes) { return _mm256_srai_epi32(_mm256_slli_epi32(lanes, 16), 16); }
+inline Lanes high_halves(Lanes lanes) { return _mm256_srai_epi32(lanes, 16); }
+inline Lanes dot_int16(Lanes sums, Lanes a, Lanes b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
@@ -128,11 +143,13 @@ struct Int8 {
 constexpr int kFewGroup = 4;
 constexpr int kTileColumns = 96;
 constexpr int kChains = 1;
+// A tile of tile_rows(V) rows and V vectors of tokens: as many sums, V activations, a pair of weights, a product.
+constexpr int tile_rows(int vectors) { return vectors == 1 ? 8 : vectors == 2 ? 4 : 2; }
 
 #include "kernels.inc"
 
 }  // namespace
 
-extern const Kernels kAvx2 = kernels_named("avx2", 16);
+extern const Kernels kAvx2 = kernels_named("avx2", 16, 9);
 
 }  // namespace sslc

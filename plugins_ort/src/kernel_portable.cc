@@ -8,6 +8,7 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t Lanes __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 
 inline Vec zero() { return Vec{}; }
@@ -28,18 +29,32 @@ inline int count_bits(uint64_t word) {
   word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0f;
   return static_cast<int>(word * 0x0101010101010101 >> 56);
 }
+
+inline Lanes load_lanes(const uint8_t* p) {
+  Lanes v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Lanes all_lanes(const uint8_t* p) {
+  int32_t lane;
+  __builtin_memcpy(&lane, p, 4);
+  return Lanes{lane, lane, lane, lane};
+}
+inline Vec as_floats(Lanes lanes) { return reinterpret_cast<Vec>(lanes); }
+inline Lanes no_lanes() { return Lanes{}; }
+inline Vec to_floats(Lanes lanes) { return __builtin_convertvector(lanes, Vec); }
+inline Lanes low_halves(Lanes v) { return reinterpret_cast<Lanes>(reinterpret_cast<Words>(v) << 16) >> 16; }
+inline Lanes high_halves(Lanes v) { return v >> 16; }
+inline Lanes dot_int16(Lanes sums, Lanes a, Lanes b) {
+  return sums + low_halves(a) * low_halves(b) + high_halves(a) * high_halves(b);
+}
+
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
 template <int Size>
 inline float value_at(const uint8_t* p) {
-  if (Size == 4) return load_f32(p);
-  uint16_t half;
-  __builtin_memcpy(&half, p, 2);
-  const uint32_t bits = uint32_t{half} << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
+  return Size == 4 ? load_f32(p) : load_bf16(p);
 }
 
 // Four bits of the mask at a time: which of the next values goes to each lane, and which lanes are kept.
@@ -120,11 +135,12 @@ using Bf16 = Type<2>;
 constexpr int kFewGroup = 4;
 constexpr int kTileColumns = 32;
 constexpr int kChains = 1;
+constexpr int tile_rows(int) { return 2; }
 
 #include "kernels.inc"
 
 }  // namespace
 
-extern const Kernels kPortable = kernels_named("portable", 4);
+extern const Kernels kPortable = kernels_named("portable", 4, 9);
 
 }  // namespace sslc

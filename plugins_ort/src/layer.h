@@ -36,6 +36,15 @@ static inline float load_f32(const uint8_t* p) {
   return value;
 }
 
+static inline float load_bf16(const uint8_t* p) {
+  uint16_t half;
+  __builtin_memcpy(&half, p, 2);
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
 // float16 to float32, for `count` finite numbers that are not negative.
 static inline void widen_halves(const uint8_t* p, int count, float* out) {
   for (int i = 0; i < count; ++i) {
@@ -94,12 +103,27 @@ struct Int8Kernels {
                int64_t M, float* y);
 };
 
+// What one instruction set provides for many tokens in 16 bits: of int8 values, and of bfloat16 values where it multiplies
+// pairs of them. Activations are x^T by pairs of columns, [K / 2, columns] of 32 bits, K padded to a multiple of 64.
+struct PairKernels {
+  int64_t from;     // this many tokens or more; 0 if there are no such kernels
+  int64_t columns;  // the widest tile, a multiple of 16
+  // Tokens [first, first + 16) of a tile, from x [M, K]; those beyond M are zero.
+  void (*pair_up)(const float* x, int64_t M, int64_t K, int64_t padded, int64_t first, int64_t columns, uint8_t* pairs,
+                  float* scales);
+  // t^T [r, columns], without the scales of the tokens.
+  void (*project)(const Layer&, int64_t begin, int64_t end, const uint8_t* pairs, int64_t columns, float* tT);
+  void (*rows)(const Layer&, int64_t begin, int64_t end, const uint8_t* pairs, const float* scales, const float* tT,
+               int64_t columns, int64_t M, float* y);
+};
+
 struct Kernels {
   const char* name;
   int64_t few;      // up to this many tokens the few-token kernels are faster (docs/kernel-cpu.md)
   int64_t columns;  // the widest tile of the many-token kernels
   TypeKernels f32, bf16;
   Int8Kernels int8;
+  PairKernels int8_pairs, bf16_pairs;
   // Rows [begin, end) of x^T, from x [M, K]; columns beyond M are zero.
   void (*transpose)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t M, int64_t columns, float* xT);
   int64_t (*popcount)(const uint8_t* words, int64_t count);  // bits set in `count` 64-bit words

@@ -10,7 +10,7 @@
 
 // The file: this header, then x, S, U, V, bias, each padded to 16 bytes.
 struct Header {
-  int32_t N, K, rank, layout, type, int8, slot, M, f32, multiprocessors, shared_bytes, splits, late, reverse;
+  int32_t parts, N[3], rank[3], K, layout, type, int8, slot, M, f32, multiprocessors, shared_bytes, splits, late, reverse;
   int32_t bytes[5];
 };
 
@@ -32,7 +32,13 @@ struct CaseFile {
     if (!good) std::fprintf(stderr, "%s: not a case\n", path);
   }
 
-  size_t y_bytes() const { return static_cast<size_t>(h.M) * h.N * (h.f32 ? 4 : 2); }
+  // The outputs of the parts lie one after the other.
+  size_t y_bytes(int parts) const {
+    size_t bytes = 0;
+    for (int i = 0; i < parts; i++) bytes += static_cast<size_t>(h.M) * h.N[i] * (h.f32 ? 4 : 2);
+    return bytes;
+  }
+  size_t y_bytes() const { return y_bytes(h.parts); }
 };
 
 // Memory that reads as NaN in every type, so that an output which nobody wrote is seen.

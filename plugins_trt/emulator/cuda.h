@@ -149,6 +149,8 @@ inline uint32_t subtract_half2(uint32_t a, uint32_t b) {
   return low | high << 16;
 }
 
+inline uint32_t compute_anew(uint32_t value) { return value; }
+
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t r = 0;

@@ -56,15 +56,18 @@ int main(int argc, char** argv) {
   expect(!std::strcmp(creator->getPluginName(), "LowRankSparseLinear") && !std::strcmp(creator->getPluginVersion(), "1") && !std::strcmp(creator->getPluginNamespace(), "sslc"), "name");
 
   // The fields that the parser would make of the node's attributes.
-  std::map<std::string, int32_t> numbers{{"out_features", h.N}, {"in_features", h.K}, {"rank", h.rank}, {"slot", h.slot}, {"version", 1}};
+  using Numbers = std::vector<int32_t>;
+  std::map<std::string, Numbers> numbers{{"out_features", Numbers(h.N, h.N + h.parts)}, {"in_features", {h.K}},
+                                         {"rank", Numbers(h.rank, h.rank + h.parts)}, {"slot", {h.slot}}, {"version", {1}}};
   std::map<std::string, std::string> texts{{"layout", kLayouts[h.layout]}, {"type", kTypes[h.type]}, {"values", h.int8 ? "int8" : "float"}};
   for (auto& [name, value] : change) {
-    if (numbers.count(name)) numbers[name] = std::atoi(value.c_str());
+    if (numbers.count(name)) numbers[name][0] = std::atoi(value.c_str());
     if (texts.count(name)) texts[name] = value;
   }
   numbers.erase(change["drop"]), texts.erase(change["drop"]);
+  if (change.count("also")) numbers[change["also"]].push_back(1);
   std::vector<PluginField> fields;
-  for (auto& [name, value] : numbers) fields.push_back({name.c_str(), &value, PluginFieldType::kINT32, 1});
+  for (auto& [name, value] : numbers) fields.push_back({name.c_str(), value.data(), PluginFieldType::kINT32, static_cast<int32_t>(value.size())});
   for (auto& [name, value] : texts) fields.push_back({name.c_str(), value.c_str(), PluginFieldType::kCHAR, static_cast<int32_t>(value.size() + 1)});
   const PluginFieldCollection given{static_cast<int32_t>(fields.size()), fields.data()};
   IPluginV3* const built = creator->createPlugin("layer", &given, TensorRTPhase::kBUILD);
@@ -72,14 +75,15 @@ int main(int argc, char** argv) {
 
   // Building: types, formats, workspace.
   const DataType type = h.f32 ? DataType::kFLOAT : h.type == 0 ? DataType::kHALF : DataType::kBF16;
-  DynamicPluginTensorDesc tensors[6]{};
-  PluginTensorDesc now[6]{};
+  const int outputs = h.parts, all = 5 + outputs;
+  DynamicPluginTensorDesc tensors[8]{};
+  PluginTensorDesc now[8]{};
   const int32_t words[] = {0, h.bytes[1] / 4, h.bytes[2] / 4, h.bytes[3] / 4, h.bytes[4] / 4};
-  for (int i = 0; i < 6; i++) {
+  for (int i = 0; i < all; i++) {
     PluginTensorDesc& d = now[i];
     d.format = TensorFormat::kLINEAR;
-    d.type = i == 0 || i == 5 ? type : i == 4 ? DataType::kFLOAT : DataType::kINT32;
-    if (i == 0 || i == 5) d.dims = Dims{3, {1, h.M, i ? h.N : h.K}};
+    d.type = i == 0 || i >= 5 ? type : i == 4 ? DataType::kFLOAT : DataType::kINT32;
+    if (i == 0 || i >= 5) d.dims = Dims{3, {1, h.M, i ? h.N[i - 5] : h.K}};
     else d.dims = Dims{1, {words[i]}};
     if (i == 0 && change.count("columns")) d.dims.d[2] = std::atoi(change["columns"].c_str());
     if (i == 1 && change.count("words")) d.dims.d[0] = std::atoi(change["words"].c_str());
@@ -87,22 +91,22 @@ int main(int argc, char** argv) {
   }
   const int inputs = change.count("inputs") ? std::atoi(change["inputs"].c_str()) : 5;
   auto* const build = static_cast<IPluginV3OneBuild*>(built->getCapabilityInterface(PluginCapabilityType::kBUILD));
-  expect(build->getNbOutputs() == 1, "one output");
-  DataType in_types[5], out_type{};
+  expect(build->getNbOutputs() == outputs, "one output per part");
+  DataType in_types[5], out_types[3]{};
   for (int i = 0; i < 5; i++) in_types[i] = now[i].type;
-  if (build->getOutputDataTypes(&out_type, 1, in_types, inputs)) refused("getOutputDataTypes");
-  expect(out_type == type, "the output has the type of X");
-  for (int at = 0; at < 6; at++) {
-    expect(build->supportsFormatCombination(at, tensors, 5, 1), "its own types are supported");
+  if (build->getOutputDataTypes(out_types, outputs, in_types, inputs)) refused("getOutputDataTypes");
+  for (int i = 0; i < outputs; i++) expect(out_types[i] == type, "the output has the type of X");
+  for (int at = 0; at < all; at++) {
+    expect(build->supportsFormatCombination(at, tensors, 5, outputs), "its own types are supported");
     for (DataType other : {DataType::kINT8, DataType::kHALF, DataType::kBF16, DataType::kFLOAT, DataType::kINT32, DataType::kINT64}) {
       const bool right = at == 0 ? other == DataType::kFLOAT || other == (h.type ? DataType::kBF16 : DataType::kHALF) : other == now[at].type;
       tensors[at].desc.type = other;
-      expect(build->supportsFormatCombination(at, tensors, 5, 1) == right, "exactly the documented types are supported");
+      expect(build->supportsFormatCombination(at, tensors, 5, outputs) == right, "exactly the documented types are supported");
     }
     tensors[at].desc.type = now[at].type;
   }
-  if (build->configurePlugin(tensors, inputs, tensors + 5, 1)) refused("configurePlugin");
-  const size_t workspace_bytes = build->getWorkspaceSize(tensors, 5, tensors + 5, 1);
+  if (build->configurePlugin(tensors, inputs, tensors + 5, outputs)) refused("configurePlugin");
+  const size_t workspace_bytes = build->getWorkspaceSize(tensors, 5, tensors + 5, outputs);
 
   // Into a plan and out of it.
   auto* const runtime = static_cast<IPluginV3OneRuntime*>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
@@ -113,12 +117,13 @@ int main(int argc, char** argv) {
   IPluginV3* const attached = static_cast<IPluginV3OneRuntime*>(copy->getCapabilityInterface(PluginCapabilityType::kRUNTIME))->attachToContext(nullptr);
   if (!attached) refused("attachToContext");
   auto* const running = static_cast<IPluginV3OneRuntime*>(attached->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-  if (running->onShapeChange(now, 5, now + 5, 1)) refused("onShapeChange");
+  if (running->onShapeChange(now, 5, now + 5, outputs)) refused("onShapeChange");
 
   const auto y = poisoned(c.y_bytes()), workspace = poisoned(workspace_bytes);
   const void* in[5];
   for (int i = 0; i < 5; i++) in[i] = c.in[i].get();
-  void* out[] = {y.get()};
+  void* out[3];
+  for (int i = 0; i < outputs; i++) out[i] = y.get() + c.y_bytes(i);
   if (running->enqueue(now, now + 5, in, out, workspace.get(), nullptr)) refused("enqueue");
   now[0].dims.d[1] = 0;
   expect(running->enqueue(now, now + 5, in, out, workspace.get(), nullptr) == 0, "no tokens are no work");

@@ -43,6 +43,12 @@ SSLC_DEVICE uint32_t subtract_half2(uint32_t a, uint32_t b) {
   return r;
 }
 
+// The same value, but what depends on it is computed anew instead of being kept in registers across a loop.
+SSLC_DEVICE uint32_t compute_anew(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Byte permute: nibble i of `select` names the byte of (b:a) that becomes byte i. Bit 3 of a nibble would replicate
 // that byte's sign instead: every selector built here keeps it 0.
 SSLC_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {

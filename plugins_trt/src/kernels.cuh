@@ -8,6 +8,9 @@
 //   gemm     ... which this multiplies, again with U as a K-extension.
 //   convert  activations that gemm cannot copy 16 bytes at a time (f32, or K not a multiple of 64) to padded 16-bit rows.
 //
+// One call may compute several layers of the same input (q, k and v; gate and up). They are its parts: one after the
+// other in S, U, V and bias, each with its rows padded to 16 and its rank to 64, and with an output of its own.
+//
 // Accumulation is in f32. Activations in f32 are rounded to the weights' 16-bit type on the way into the mma; the output
 // is written from the f32 accumulators. N, K and the rank may be anything: weights are padded with zeros when they are
 // packed, and activations are filled with zeros here, since a padding weight times whatever lies behind a row is not 0
@@ -106,12 +109,14 @@ template <int T> SSLC_DEVICE uint4 load8(const void* x, size_t row, int k, int K
   return {word[0], word[1], word[2], word[3]};
 }
 
-// Ranks j .. j + 7 of t for one token: the partial sums of its split-K, added in order.
-template <int T> SSLC_DEVICE uint4 load_t8(const float* t, size_t row, int j, int M, int R, int splits) {
+// Columns j .. j + 7 of t [splits, M, columns] for one token: the partial sums of its split-K, added in order; zeros
+// from column `end` on.
+template <int T>
+SSLC_DEVICE uint4 load_t8(const float* t, size_t row, int j, int end, int M, int columns, int splits) {
   float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  if (j < R) {
+  if (j < end) {
     for (int s = 0; s < splits; s++) {
-      const float4* p = reinterpret_cast<const float4*>(t + (static_cast<size_t>(s) * M + row) * R + j);
+      const float4* p = reinterpret_cast<const float4*>(t + (static_cast<size_t>(s) * M + row) * columns + j);
       const float4 a = p[0], b = p[1];
       sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w, sum[4] += b.x, sum[5] += b.y, sum[6] += b.z, sum[7] += b.w;
     }
@@ -139,15 +144,35 @@ SSLC_DEVICE void multiply_step(float* c, const uint32_t* low, const uint32_t* hi
 
 // ---- decode --------------------------------------------------------------------------------------------------------
 
+constexpr int kMaxParts = 3, kNoPart = 0x7fffffff;
+
+// One of the layers that a call computes. Those that are not there have `row_tile` and `rows` kNoPart.
+struct Part {
+  int row_tile = kNoPart;     // its first row tile
+  int rows = kNoPart;         // outputs of the parts before it
+  int N = 0, R = 0;           // outputs; the rank, rounded up to 64
+  int t = 0;                  // its first column of t
+  const unsigned char* U = nullptr;  // [ceil(N / 16)][R / 64] fragment tiles
+  const float* bias = nullptr;       // [N], or null
+  void* y = nullptr;                 // [M, N]
+};
+
+// The part that `at` belongs to, where `start` says where each begins. No dynamic index: that would copy the kernel's
+// arguments to local memory.
+template <class At, class Start> SSLC_DEVICE Part part_of(const Part (&parts)[kMaxParts], At at, Start start) {
+  Part p = parts[0];
+  SSLC_UNROLL for (int i = 1; i < kMaxParts; i++)
+    if (at >= start(parts[i])) p = parts[i];
+  return p;
+}
+
 struct DecodeArgs {
+  Part part[kMaxParts];
   const void* x;           // [M, K]
-  const unsigned char* S;  // packed weights of ceil(N / 16) row tiles
-  const unsigned char* U;  // [ceil(N / 16)][R / 64] fragment tiles
-  const float* bias;       // [N], or null
+  const unsigned char* S;  // packed weights of all row tiles
   const float* t;          // [t_splits, M, R] partial sums of X Vᵀ
-  void* y;                 // [M, N]
-  float* partial;          // [gridDim.y, M, N], or null when there is one split
-  int M, N, K, R;          // R: the rank, rounded up to 64
+  float* partial;          // [gridDim.y, the parts' M * N], or null when there is one split
+  int M, N, K, R;          // N and R: of all parts
   int t_splits;
   int slot;            // bytes of a ring slot
   int tiles_per_split; // tiles of [S | U] columns that one CTA takes
@@ -165,9 +190,14 @@ __global__ void __launch_bounds__(32 * Layout::kWarps, 512 / (32 * Layout::kWarp
   constexpr int T = Layout::kType, W = Layout::kWarps, kThreads = 32 * W, kColumns = Layout::kColumns;
   SSLC_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto part_here = [&a] {
+    return part_of(a.part, compute_anew(blockIdx.x), [](const Part& p) { return static_cast<unsigned>(p.row_tile); });
+  };
 
-  // This split's share of the tiles of [S | U]: first .. last, of which those below `sparse` belong to S.
-  const int sparse = ceil_div(a.K, kColumns), all = sparse + ceil_div(a.R, kColumns);
+  // This split's share of the tiles of [S | U]: first .. last, of which those below `sparse` belong to S. A part of lower
+  // rank than another's may have none left for the last splits: first >= last, and its sums are zero.
+  const int t_begin = part_here().t, R = part_here().R;
+  const int sparse = ceil_div(a.K, kColumns), all = sparse + ceil_div(R, kColumns);
   const int first = blockIdx.y * a.tiles_per_split, last = least(first + a.tiles_per_split, all);
   const int token0 = blockIdx.z * 8 * NT, tokens = least(a.M - token0, 8 * NT);
 
@@ -185,7 +215,7 @@ __global__ void __launch_bounds__(32 * Layout::kWarps, 512 / (32 * Layout::kWarp
           load8<T>(a.x, token0 + m, first * kColumns + c * 8, a.K, a.f32, a.vector);
     } else {
       *reinterpret_cast<uint4*>(activations + m * pitch + Dense<T>::place(c)) =
-          load_t8<T>(a.t, token0 + m, (first - sparse) * kColumns + c * 8, a.M, a.R, a.t_splits);
+          load_t8<T>(a.t, token0 + m, t_begin + (first - sparse) * kColumns + c * 8, t_begin + R, a.M, a.R, a.t_splits);
     }
   }
   __syncthreads();
@@ -219,11 +249,13 @@ __global__ void __launch_bounds__(32 * Layout::kWarps, 512 / (32 * Layout::kWarp
   }
 
   // The low-rank columns: U straight from global memory, one 16-byte load per fragment.
+  const Part part = part_here();
   const int rank0 = first > sparse ? first - sparse : 0;
-  const int steps = least((last - sparse) * Layout::kSteps, a.R / 64);
+  const int steps = least((last - sparse) * Layout::kSteps, part.R / 64);
+  const unsigned char* const U = part.U + static_cast<size_t>(blockIdx.x - part.row_tile) * (part.R / 64) * kFragmentTile;
   SSLC_NO_UNROLL for (int step = rank0 * Layout::kSteps + warp; step < steps; step += W) {
     uint32_t low[8], high[8];
-    Dense<T>::load(a.U + (static_cast<size_t>(blockIdx.x) * (a.R / 64) + step) * kFragmentTile, lane, low, high);
+    Dense<T>::load(U + static_cast<size_t>(step) * kFragmentTile, lane, low, high);
     const unsigned char* at = activations + ((sparse - first) * Layout::kSteps + step) * 128;
     SSLC_UNROLL for (int j = 0; j < NT; j++) {
       multiply_step<T>(c + 4 * j, low, high, *reinterpret_cast<const uint4*>(at + token_at[j]),
@@ -240,19 +272,18 @@ __global__ void __launch_bounds__(32 * Layout::kWarps, 512 / (32 * Layout::kWarp
     float sum = 0;
     for (int w = 0; w < W; w++) sum += sums[w * 128 * NT + o];
     const int from = o / 4 % 32, i = o % 4;
-    const int m = o / 128 * 8 + from % 4 * 2 + i % 2, n = blockIdx.x * 16 + from / 4 + i / 2 * 8;
-    if (m < tokens && n < a.N) {
-      const size_t at = static_cast<size_t>(token0 + m) * a.N + n;
-      if (a.partial) a.partial[static_cast<size_t>(blockIdx.y) * a.M * a.N + at] = sum;
-      else store_output<T>(a.y, at, a.bias ? sum + a.bias[n] : sum, a.f32);
+    const int m = o / 128 * 8 + from % 4 * 2 + i % 2, n = (blockIdx.x - part.row_tile) * 16 + from / 4 + i / 2 * 8;
+    if (m < tokens && n < part.N) {
+      const size_t at = static_cast<size_t>(token0 + m) * part.N + n;
+      if (a.partial) a.partial[(static_cast<size_t>(blockIdx.y) * a.N + part.rows) * a.M + at] = sum;
+      else store_output<T>(part.y, at, part.bias ? sum + part.bias[n] : sum, a.f32);
     }
   }
 }
 
 struct ReduceArgs {
-  const float* partial;  // [splits, M, N]
-  const float* bias;     // [N], or null
-  void* y;
+  Part part[kMaxParts];
+  const float* partial;  // [splits, the parts' M * N]
   int splits, M, N, f32;
 };
 
@@ -262,7 +293,10 @@ template <int T> __global__ void __launch_bounds__(256) reduce(ReduceArgs a) {
   if (i >= size) return;
   float sum = 0;
   for (int s = 0; s < a.splits; s++) sum += a.partial[s * size + i];
-  store_output<T>(a.y, i, a.bias ? sum + a.bias[i % a.N] : sum, a.f32);
+  const size_t M = a.M;
+  const Part part = part_of(a.part, i, [M](const Part& p) { return M * p.rows; });
+  const size_t at = i - M * part.rows;
+  store_output<T>(part.y, at, part.bias ? sum + part.bias[at % part.N] : sum, a.f32);
 }
 
 // ---- prefill -------------------------------------------------------------------------------------------------------
@@ -319,10 +353,10 @@ template <int T> __global__ void __launch_bounds__(256) convert(ConvertArgs a) {
 }
 
 struct GemmArgs {
-  // Two segments of columns: [X | t] [M, 64 * steps] and [S | U] as fragment tiles [row tiles][stride].
+  // Two segments of columns: 64 * steps of [X | t] [M, 64 * pitch], and [S | U] as fragment tiles [row tiles][stride].
   const uint16_t* x[2];
   const unsigned char* w[2];
-  int steps[2], stride[2];
+  int steps[2], pitch[2], stride[2];
   const float* bias;  // [N], or null
   void* y;            // [M, N]
   int M, N, f32;
@@ -346,7 +380,7 @@ template <int T> __global__ void __launch_bounds__(256) gemm(GemmArgs a) {
       unsigned char* const to = shared + step % kGemmStages * kGemmStage;
       // Plain selections, not a.w[segment]: indexing kernel arguments would copy them to local memory.
       const bool low_rank = step >= a.steps[0];
-      const int k = low_rank ? step - a.steps[0] : step, x_steps = low_rank ? a.steps[1] : a.steps[0];
+      const int k = low_rank ? step - a.steps[0] : step, pitch = low_rank ? a.pitch[1] : a.pitch[0];
       const int stride = low_rank ? a.stride[1] : a.stride[0];
       const unsigned char* const w = low_rank ? a.w[1] : a.w[0];
       const uint16_t* const x = low_rank ? a.x[1] : a.x[0];
@@ -355,7 +389,7 @@ template <int T> __global__ void __launch_bounds__(256) gemm(GemmArgs a) {
         copy16_async(to + chunk * 16, w + (static_cast<size_t>(tile) * stride + k) * kFragmentTile + chunk % 128 * 16);
         const int m = chunk / 8, c = chunk % 8;
         copy16_async(to + 16384 + m * 128 + ((c ^ m) & 1) * 64 + c / 2 * 16,
-                     x + (static_cast<size_t>(least(token0 + m, a.M - 1)) * x_steps + k) * 64 + c * 8);
+                     x + (static_cast<size_t>(least(token0 + m, a.M - 1)) * pitch + k) * 64 + c * 8);
       }
     }
     commit_copies();

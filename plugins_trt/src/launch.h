@@ -19,14 +19,20 @@ namespace sslc {
 
 enum LayoutId : int { kAny = 0, kBank32 = 1, kFixed8 = 2 };
 
+// One layer, or up to three of the same input: one launch for all of them, and one for all their t.
 struct Layer {
-  int N = 0, K = 0, rank = 0;
+  int parts = 1, K = 0;
+  int out[kMaxParts] = {0, 0, 0}, rank[kMaxParts] = {0, 0, 0};
   int layout = kAny, type = kF16;  // type: of the values, U, V and of what the mma sees
   bool int8 = false;               // the values of S are int8 with one scale per row and 64 columns
   int slot = 0;                    // bytes of a ring slot: the largest tile + 32 (layout any), or the tile
 
-  int R() const { return ceil_div(rank, 64) * 64; }
-  int row_tiles() const { return ceil_div(N, 16); }
+  int R(int part) const { return ceil_div(rank[part], 64) * 64; }
+  int row_tiles(int part) const { return ceil_div(out[part], 16); }
+  int N() const { return out[0] + out[1] + out[2]; }
+  int R() const { return R(0) + R(1) + R(2); }
+  int most_R() const { return std::max({R(0), R(1), R(2)}); }
+  int row_tiles() const { return row_tiles(0) + row_tiles(1) + row_tiles(2); }
 };
 
 struct Device {
@@ -39,7 +45,7 @@ struct Buffers {
   const void* x;
   const void *S, *U, *V;
   const float* bias;
-  void* y;
+  void* y[kMaxParts];  // one per part
   void* workspace;
 };
 
@@ -135,6 +141,19 @@ template <class Layout> cudaError_t run_decode(const Split& s, int row_tiles, co
   return start(s.NT == 1 ? decode<Layout, 1> : decode<Layout, 2>, grid, 32 * Layout::kWarps, s.shared_bytes, stream, args);
 }
 
+inline void set_parts(Part (&parts)[kMaxParts], const Layer& layer, const Buffers& b) {
+  Part next;
+  next.row_tile = next.rows = 0;
+  next.U = static_cast<const unsigned char*>(b.U), next.bias = b.bias;
+  for (int i = 0; i < layer.parts; i++) {
+    next.N = layer.out[i], next.R = layer.R(i), next.y = b.y[i];
+    parts[i] = next;
+    next.row_tile += layer.row_tiles(i), next.rows += next.N, next.t += next.R;
+    next.U += static_cast<size_t>(layer.row_tiles(i)) * (next.R / 64) * kFragmentTile;
+    next.bias += next.N;
+  }
+}
+
 // How t = X Vᵀ is split: V is [R, K] in dense tiles, so R / 16 row tiles, and the more CTAs share K.
 template <int T> Split split_t(const Layer& layer, const Device& device, int M) {
   return split<Dense<T>>(device, layer.R() / 16, ceil_div(layer.K, 64), kFragmentTile, M);
@@ -143,10 +162,10 @@ template <int T> Split split_t(const Layer& layer, const Device& device, int M) 
 // ---- decode: t, then [S | U], then the sum over splits ------------------------------------------------------------
 
 template <class Layout> size_t decode_workspace(const Layer& layer, int M) {
-  const int tiles = ceil_div(layer.K, Layout::kColumns) + ceil_div(layer.R(), Layout::kColumns), tokens = std::min(M, 16);
+  const int tiles = ceil_div(layer.K, Layout::kColumns) + ceil_div(layer.most_R(), Layout::kColumns), tokens = std::min(M, 16);
   const size_t limit = split_limit<Layout>(tiles, slot_of<Layout>(layer), tokens);
-  const size_t t_limit = layer.rank ? split_limit<Dense<Layout::kType>>(ceil_div(layer.K, 64), kFragmentTile, tokens) : 0;
-  return aligned(t_limit * M * layer.R() * 4) + (limit > 1 ? aligned(limit * M * layer.N * 4) : 0);
+  const size_t t_limit = layer.R() ? split_limit<Dense<Layout::kType>>(ceil_div(layer.K, 64), kFragmentTile, tokens) : 0;
+  return aligned(t_limit * M * layer.R() * 4) + (limit > 1 ? aligned(limit * M * layer.N() * 4) : 0);
 }
 
 template <class Layout> cudaError_t decode_layer(const Layer& layer, const Device& device, const Buffers& b, int M, bool f32, cudaStream_t stream) {
@@ -160,6 +179,7 @@ template <class Layout> cudaError_t decode_layer(const Layer& layer, const Devic
     const Split s = split_t<T>(layer, device, M);
     DecodeArgs args{};
     args.x = b.x, args.S = static_cast<const unsigned char*>(b.V), args.partial = t;
+    args.part[0].row_tile = args.part[0].rows = 0, args.part[0].N = R;
     args.M = M, args.N = R, args.K = layer.K, args.slot = kFragmentTile, args.tiles_per_split = s.tiles_per_split;
     args.f32 = f32, args.vector = vector;
     const cudaError_t error = run_decode<Dense<T>>(s, R / 16, args, stream);
@@ -167,18 +187,19 @@ template <class Layout> cudaError_t decode_layer(const Layer& layer, const Devic
     t_splits = s.splits;
     t_bytes = aligned(static_cast<size_t>(t_splits) * M * R * 4);
   }
-  const int tiles = ceil_div(layer.K, Layout::kColumns) + ceil_div(R, Layout::kColumns);
+  const int tiles = ceil_div(layer.K, Layout::kColumns) + ceil_div(layer.most_R(), Layout::kColumns);
   const Split s = split<Layout>(device, layer.row_tiles(), tiles, slot, M);
   DecodeArgs args{};
-  args.x = b.x, args.S = static_cast<const unsigned char*>(b.S), args.U = static_cast<const unsigned char*>(b.U);
-  args.bias = b.bias, args.t = t, args.y = b.y;
+  set_parts(args.part, layer, b);
+  args.x = b.x, args.S = static_cast<const unsigned char*>(b.S), args.t = t;
   args.partial = s.splits > 1 ? reinterpret_cast<float*>(static_cast<char*>(b.workspace) + t_bytes) : nullptr;
-  args.M = M, args.N = layer.N, args.K = layer.K, args.R = R, args.t_splits = t_splits, args.slot = slot;
+  args.M = M, args.N = layer.N(), args.K = layer.K, args.R = R, args.t_splits = t_splits, args.slot = slot;
   args.tiles_per_split = s.tiles_per_split, args.f32 = f32, args.vector = vector;
   const cudaError_t error = run_decode<Layout>(s, layer.row_tiles(), args, stream);
   if (error != cudaSuccess || s.splits == 1) return error;
-  const ReduceArgs sum{args.partial, b.bias, b.y, s.splits, M, layer.N, f32};
-  return start(reduce<T>, blocks_for(static_cast<size_t>(M) * layer.N), 256, 0, stream, sum);
+  ReduceArgs sum{{}, args.partial, s.splits, M, args.N, f32};
+  set_parts(sum.part, layer, b);
+  return start(reduce<T>, blocks_for(static_cast<size_t>(M) * args.N), 256, 0, stream, sum);
 }
 
 // ---- prefill: expand S, t, then [X | t] [S | U]ᵀ --------------------------------------------------------------------
@@ -216,13 +237,21 @@ template <class Layout> cudaError_t prefill_layer(const Layer& layer, const Devi
   const dim3 tokens(ceil_div(M, kGemmTokens));
   uint16_t* const t = R > 0 ? reinterpret_cast<uint16_t*>(take(static_cast<size_t>(M) * R * 2)) : nullptr;
   if (R > 0) {
-    const GemmArgs v{{x, nullptr}, {static_cast<const unsigned char*>(b.V), nullptr}, {k_steps, 0}, {k_steps, 0}, nullptr, t, M, R, 0};
+    const GemmArgs v{{x, nullptr}, {static_cast<const unsigned char*>(b.V), nullptr}, {k_steps, 0}, {k_steps, 0}, {k_steps, 0},
+                     nullptr, t, M, R, 0};
     error = start(gemm<T>, dim3(tokens.x, ceil_div(R, kGemmRows)), 256, kGemmShared, stream, v);
     if (error != cudaSuccess) return error;
   }
-  const GemmArgs s{{x, t}, {e.dense, static_cast<const unsigned char*>(b.U)}, {k_steps, R / 64}, {tiles * Layout::kSteps, R / 64},
-                   b.bias, b.y, M, layer.N, f32};
-  return start(gemm<T>, dim3(tokens.x, ceil_div(layer.N, kGemmRows)), 256, kGemmShared, stream, s);
+  Part parts[kMaxParts];
+  set_parts(parts, layer, b);
+  for (int i = 0; i < layer.parts && error == cudaSuccess; i++) {
+    const Part& p = parts[i];
+    const unsigned char* const dense = e.dense + static_cast<size_t>(p.row_tile) * tiles * Layout::kSteps * kFragmentTile;
+    const GemmArgs s{{x, R > 0 ? t + p.t : nullptr}, {dense, p.U}, {k_steps, p.R / 64}, {k_steps, R / 64},
+                     {tiles * Layout::kSteps, p.R / 64}, p.bias, p.y, M, p.N, f32};
+    error = start(gemm<T>, dim3(tokens.x, ceil_div(p.N, kGemmRows)), 256, kGemmShared, stream, s);
+  }
+  return error;
 }
 
 }  // namespace detail

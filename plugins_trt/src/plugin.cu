@@ -6,7 +6,11 @@
 //          4 bias  float [N]
 //   output 0 Y     [..., N]  the type of X
 //
-// Its fields are the node's attributes: out_features, in_features, rank, slot (int32), layout, type, values (text).
+// One node may be up to three layers of the same input: then S, U, V and bias hold one layer's after the other's, and
+// there is an output for each.
+//
+// Its fields are the node's attributes: out_features and rank (int32, one per layer), in_features, slot (int32), layout,
+// type, values (text).
 //
 // Nothing may cross TensorRT's boundary but return values: no function here throws, asserts or prints. What is wrong is
 // said to TensorRT's own logger, and refused.
@@ -30,6 +34,7 @@ using namespace nvinfer1;
 
 constexpr char kName[] = "LowRankSparseLinear", kPluginVersion[] = "1", kNamespace[] = "sslc";
 constexpr int kInputs = 5, kFields = 7;
+constexpr int kMostFeatures = 1 << 22;  // a grid of gemm has at most 65535 blocks of 128 outputs
 constexpr const char* kLayoutNames[] = {"any", "bank32", "fixed8"};
 constexpr const char* kTypeNames[] = {"f16", "bf16"};
 constexpr const char* kValueNames[] = {"float", "int8"};
@@ -48,9 +53,10 @@ void complain(const char* format, ...) noexcept {
   logger->log(ILogger::Severity::kERROR, text);
 }
 
+// -1 if it is more than anything here can have.
 int64_t product(const Dims& d, int first, int last) noexcept {
   int64_t p = 1;
-  for (int i = first; i < last; i++) p *= d.d[i];
+  for (int i = first; i < last && p >= 0; i++) p = __builtin_mul_overflow(p, static_cast<int64_t>(d.d[i]), &p) ? -1 : p;
   return p;
 }
 
@@ -77,9 +83,12 @@ bool slot_fits(const Layer& layer) noexcept {
 }
 
 bool sound(const Layer& layer) noexcept {
-  if (layer.N < 1 || layer.K < 1 || layer.rank < 0 || layer.N > 1 << 24 || layer.K > 1 << 24 || layer.rank > 1 << 20) {
-    complain("out_features %d, in_features %d and rank %d are not a layer's shape", layer.N, layer.K, layer.rank);
-  } else if (layer.layout == kBank32 && layer.int8) {
+  for (int i = 0; i < layer.parts; i++) {
+    const int N = layer.out[i], K = layer.K, rank = layer.rank[i];
+    if (N < 1 || K < 1 || rank < 0 || N > kMostFeatures || K > kMostFeatures || rank > 1 << 20)
+      return complain("out_features %d, in_features %d and rank %d are not a layer's shape", N, K, rank), false;
+  }
+  if (layer.layout == kBank32 && layer.int8) {
     complain("layout bank32 takes no int8 values");
   } else if (!slot_fits(layer)) {
     complain("slot %d does not belong to layout %s", layer.slot, kLayoutNames[layer.layout]);
@@ -92,15 +101,16 @@ bool sound(const Layer& layer) noexcept {
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
   explicit Plugin(const Layer& layer) noexcept : layer_(layer) {
-    fields_[0] = {"out_features", &layer_.N, PluginFieldType::kINT32, 1};
+    fields_[0] = {"out_features", layer_.out, PluginFieldType::kINT32, layer_.parts};
     fields_[1] = {"in_features", &layer_.K, PluginFieldType::kINT32, 1};
-    fields_[2] = {"rank", &layer_.rank, PluginFieldType::kINT32, 1};
+    fields_[2] = {"rank", layer_.rank, PluginFieldType::kINT32, layer_.parts};
     fields_[3] = {"slot", &layer_.slot, PluginFieldType::kINT32, 1};
     fields_[4] = text("layout", kLayoutNames[layer_.layout]);
     fields_[5] = text("type", kTypeNames[layer_.type]);
     fields_[6] = text("values", kValueNames[layer_.int8]);
     collection_ = {kFields, fields_};
   }
+  Plugin(const Plugin&) = delete;  // the fields point into the object
 
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     switch (type) {
@@ -123,29 +133,34 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   // ---- building
 
-  int32_t getNbOutputs() const noexcept override { return 1; }
+  int32_t getNbOutputs() const noexcept override { return layer_.parts; }
 
   int32_t getOutputDataTypes(DataType* outputs, int32_t count, const DataType* inputs, int32_t input_count) const noexcept override {
-    if (count != 1 || input_count != kInputs) return complain("%d inputs and %d outputs; it has 5 and 1", input_count, count), 1;
-    outputs[0] = inputs[0];
+    if (count != layer_.parts || input_count != kInputs)
+      return complain("%d inputs and %d outputs; it has 5 and %d", input_count, count, layer_.parts), 1;
+    for (int i = 0; i < count; i++) outputs[i] = inputs[0];
     return 0;
   }
 
   int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t output_count,
                           IExprBuilder& expressions) noexcept override {
-    if (count != kInputs || output_count != 1 || inputs[0].nbDims < 1) return complain("%d inputs, X of %d dimensions", count, count ? inputs[0].nbDims : 0), 1;
-    outputs[0] = inputs[0];
-    outputs[0].d[outputs[0].nbDims - 1] = expressions.constant(layer_.N);
-    return outputs[0].d[outputs[0].nbDims - 1] == nullptr;
+    if (count != kInputs || output_count != layer_.parts || inputs[0].nbDims < 1)
+      return complain("%d inputs, X of %d dimensions", count, count > 0 ? inputs[0].nbDims : 0), 1;
+    for (int i = 0; i < output_count; i++) {
+      outputs[i] = inputs[0];
+      const IDimensionExpr* const N = outputs[i].d[outputs[i].nbDims - 1] = expressions.constant(layer_.out[i]);
+      if (!N) return 1;
+    }
+    return 0;
   }
 
   bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const* tensors, int32_t inputs, int32_t outputs) noexcept override {
-    if (inputs != kInputs || outputs != 1 || tensors[at].desc.format != TensorFormat::kLINEAR) return false;
+    if (inputs != kInputs || outputs != layer_.parts || tensors[at].desc.format != TensorFormat::kLINEAR) return false;
     const DataType type = tensors[at].desc.type;
     if (at == 0) return type == type_of(layer_) || type == DataType::kFLOAT;
     if (at <= 3) return type == DataType::kINT32;
     if (at == 4) return type == DataType::kFLOAT;
-    return type == tensors[0].desc.type;  // the output
+    return type == tensors[0].desc.type;  // the outputs
   }
 
   int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t count, DynamicPluginTensorDesc const*, int32_t) noexcept override {
@@ -189,7 +204,10 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     const int M = tokens_of(in[0].dims);
     if (M < 0) return 1;
     if (M == 0) return 0;
-    const Buffers buffers{inputs[0], inputs[1], inputs[2], inputs[3], static_cast<const float*>(inputs[4]), outputs[0], workspace};
+    for (const void* p : {inputs[1], inputs[2], inputs[3], static_cast<const void*>(workspace)})
+      if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return complain("weights or workspace do not begin at a multiple of 16 bytes"), 1;
+    Buffers buffers{inputs[0], inputs[1], inputs[2], inputs[3], static_cast<const float*>(inputs[4]), {}, workspace};
+    for (int i = 0; i < layer_.parts; i++) buffers.y[i] = outputs[i];
     const cudaError_t error = run_layer(layer_, device_, buffers, M, in[0].type == DataType::kFLOAT, stream);
     if (error != cudaSuccess) complain("a kernel was not launched: %s", cudaGetErrorString(error));
     return error != cudaSuccess;
@@ -210,9 +228,10 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
       return false;
     }
     if (tokens_of(x) < 0) return complain("X has too many rows"), false;
-    const int64_t fragments = layer_.R() / 64 * (kFragmentTile / 4);
-    const int64_t wanted[kInputs] = {0, words_of_S(layer_), layer_.rank ? layer_.row_tiles() * fragments : 4,
-                                     layer_.rank ? fragments * 4 * ceil_div(layer_.K, 64) : 4, layer_.N};
+    constexpr int64_t kTileWords = kFragmentTile / 4;
+    int64_t U = 0, V = static_cast<int64_t>(layer_.R()) / 16 * ceil_div(layer_.K, 64) * kTileWords;
+    for (int i = 0; i < layer_.parts; i++) U += static_cast<int64_t>(layer_.row_tiles(i)) * (layer_.R(i) / 64) * kTileWords;
+    const int64_t wanted[kInputs] = {0, words_of_S(layer_), U ? U : 4, V ? V : 4, layer_.N()};
     static constexpr const char* names[] = {"X", "S", "U", "V", "bias"};
     for (int i = 1; i < kInputs; i++) {
       const int64_t got = product(in[i].dims, 0, in[i].dims.nbDims);
@@ -235,24 +254,21 @@ class Creator final : public IPluginCreatorV3One {
   IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* given, TensorRTPhase) noexcept override {
     Layer layer;
     unsigned found = 0;
+    int counts[4] = {};
     for (int i = 0; given && i < given->nbFields; i++) {
       const PluginField& field = given->fields[i];
       const int at = index_of(field.name);
       if (at < 0) continue;  // TensorRT passes attributes of its own, and the operator's `version`
-      int value = -1;
-      if (at < 4) {
-        if (field.type != PluginFieldType::kINT32 || field.length != 1 || !field.data) return refuse(field);
-        value = *static_cast<const int32_t*>(field.data);
-      } else {
-        if (field.type != PluginFieldType::kCHAR || !field.data) return refuse(field);
-        value = at == 4 ? choice(field, kLayoutNames, 3) : choice(field, at == 5 ? kTypeNames : kValueNames, 2);
-        if (value < 0) return refuse(field);
+      if (!(at < 4 ? set_numbers(layer, at, field, counts) : set_choice(layer, at, field))) {
+        complain("attribute %s has a value or type that this version does not know", field.name);
+        return nullptr;
       }
-      set(layer, at, value);
       found |= 1u << at;
     }
     for (int at = 0; at < kFields; at++)
       if (!(found >> at & 1)) return complain("attribute %s is missing", kFieldNames[at]), nullptr;
+    if (counts[0] != counts[2]) return complain("out_features has %d values, rank has %d", counts[0], counts[2]), nullptr;
+    layer.parts = counts[0];
     return sound(layer) ? new (std::nothrow) Plugin(layer) : nullptr;
   }
 
@@ -286,21 +302,22 @@ class Creator final : public IPluginCreatorV3One {
     return -1;
   }
 
-  static void set(Layer& layer, int at, int value) noexcept {
-    switch (at) {
-      case 0: layer.N = value; break;
-      case 1: layer.K = value; break;
-      case 2: layer.rank = value; break;
-      case 3: layer.slot = value; break;
-      case 4: layer.layout = value; break;
-      case 5: layer.type = value; break;
-      case 6: layer.int8 = value != 0; break;
-    }
+  static bool set_numbers(Layer& layer, int at, const PluginField& field, int* counts) noexcept {
+    const int most = at % 2 == 0 ? kMaxParts : 1;
+    if (field.type != PluginFieldType::kINT32 || field.length < 1 || field.length > most || !field.data) return false;
+    int* const to[] = {layer.out, &layer.K, layer.rank, &layer.slot};
+    std::memcpy(to[at], field.data, sizeof(int) * field.length);
+    counts[at] = field.length;
+    return true;
   }
 
-  static IPluginV3* refuse(const PluginField& field) noexcept {
-    complain("attribute %s has a value or type that this version does not know", field.name);
-    return nullptr;
+  static bool set_choice(Layer& layer, int at, const PluginField& field) noexcept {
+    if (field.type != PluginFieldType::kCHAR || !field.data) return false;
+    const int value = at == 4 ? choice(field, kLayoutNames, 3) : choice(field, at == 5 ? kTypeNames : kValueNames, 2);
+    if (at == 4) layer.layout = value;
+    else if (at == 5) layer.type = value;
+    else layer.int8 = value == 1;
+    return value >= 0;
   }
 };
 

@@ -48,6 +48,7 @@ class OnnxRuntimeEngine:
         name: How reports call it.
         vocab_size: Width of the logits.
         num_layers: Decoder blocks.
+        kv_cache_bytes: Of one token of one sequence, in all layers.
         threads: Threads that one operator may use.
         kernel: What runs the compressed layers: "avx512", "avx2" or "portable" for our kernel, "function" for the
             ONNX body, "none" if the model has no compressed layers.
@@ -71,7 +72,7 @@ class OnnxRuntimeEngine:
         model = _read(path)
         ours = [node for node in model.graph.node if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
         self.name = name or path.stem
-        self.threads = threads or _usable_cores()
+        self.threads = threads or usable_cores()
         self.kernel, self.fallback_reason, file = _choose_kernel(library) if ours else ("none", None, None)
         self.dense_layers = len(json.loads(_metadata(model)[names.DENSE_LAYERS_KEY]))
 
@@ -94,11 +95,13 @@ class OnnxRuntimeEngine:
         if file is not None and self.kernel_layers != len(ours):
             raise RuntimeError(f"{self.kernel_layers} of {len(ours)} compressed layers run in {file}")
 
-        outputs = self._session.get_outputs()
-        self._outputs = [output.name for output in outputs]
-        self._past = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
-        self.vocab_size: int = outputs[0].shape[2]
+        self._past = [i for i in self._session.get_inputs() if i.name.startswith(names.PAST)]
+        # By name, whatever the order in the graph.
+        self._outputs = [names.LOGITS, *(names.present(past.name) for past in self._past)]
+        shapes = {output.name: output.shape for output in self._session.get_outputs()}
+        self.vocab_size: int = shapes[names.LOGITS][2]
         self.num_layers = len(self._past) // 2
+        self.kv_cache_bytes = sum(past.shape[1] * past.shape[3] * 4 for past in self._past)  # float32
 
     def run(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, cache: Any = None
@@ -153,7 +156,8 @@ def _no_room_to_fold(model: onnx.ModelProto, ours: list[onnx.NodeProto]) -> str 
     return f"S is decoded on every run: once would take {needed / 1e9:.0f} GB, of which {available / 1e9:.0f} are free"
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Physical cores that this process may use."""
     process = psutil.Process()
     usable = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
     return min(usable, psutil.cpu_count(logical=False) or usable)

@@ -131,7 +131,7 @@ class OnnxRuntimeProbe:
         if self._whole is None:
             self._whole = self._session(self._model_with_activations(), self._library)
         session, batch = self._whole, len(input_ids)
-        pasts = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+        pasts = [value for value in session.get_inputs() if value.name.startswith(names.PAST)]
         cache = cache or [np.zeros((batch, past.shape[1], 0, past.shape[3]), np.float32) for past in pasts]
         inputs = model_inputs(input_ids, attention_mask, cache[0].shape[2])
         feeds = dict(zip(("input_ids", "attention_mask", "position_ids"), inputs, strict=True))
@@ -142,8 +142,8 @@ class OnnxRuntimeProbe:
             name: Activations(_batched(values[X], batch), _batched(values[Y], batch))
             for name, (X, Y) in self._activations().items()
         }
-        logits = values[wanted[0]]
-        return seen | {LOGITS: Activations(logits, logits)}, [values[name] for name in wanted[1 : 1 + len(pasts)]]
+        logits = values[names.LOGITS]
+        return seen | {LOGITS: Activations(logits, logits)}, [values[names.present(past.name)] for past in pasts]
 
     def function(self, layer: str, X: np.ndarray) -> np.ndarray:
         """Y [n, N] of X [n, K] by the operator's ONNX body."""

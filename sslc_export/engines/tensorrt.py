@@ -1,4 +1,4 @@
-"""Builds TensorRT engines from lowered models, and counts what takes their bytes.
+"""Builds TensorRT engines from lowered models.
 
 TensorRT-RTX builds for GPUs that are not there (sm_80, 86, 89, 120); TensorRT builds for the GPU it finds. No timing
 takes part in what TensorRT-RTX writes on a machine without a GPU, and the same model gives the same bytes.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +25,8 @@ from plugins_trt import library
 from sslc_common.errors import InputError, MissingError
 from sslc_common.files import atomic_path, require_space, sha256
 from sslc_export.engines import tensorrt_builder
-from sslc_export.engines.tensorrt_graph import PluginNode, rewrite
+from sslc_export.engines.tensorrt_graph import PluginNode, choose_layouts, load, rewrite
+from sslc_export.engines.tensorrt_size import PlanSize, count, predict
 
 DEFAULT_TARGET = "default"
 
@@ -50,32 +49,6 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class PlanSize:
-    """Where a plan's bytes are.
-
-    TensorRT-RTX compiles its own kernels on the user's GPU, when the engine is first run. A plan holds their source,
-    each time with the same 140 KB of definitions before it, for about five kernels per transformer block (three if the
-    model is dense: then more is fused). No option of the builder leaves it out.
-
-    Attributes:
-        total: Of the plan, in bytes.
-        weights: Packed and dense weights, as they were given to TensorRT.
-        plugin: The plugin library inside the plan; 0 if there is none.
-        kernel_source: Source text of the kernels that TensorRT generated.
-    """
-
-    total: int
-    weights: int
-    plugin: int
-    kernel_source: int
-
-    @property
-    def accounted(self) -> int:
-        """What the total should be, from its counted parts."""
-        return self.weights + self.plugin + self.kernel_source
-
-
-@dataclass(frozen=True)
 class BuildReport:
     """What was built.
 
@@ -90,6 +63,7 @@ class BuildReport:
         profiles: Least, usual and largest shape of each input, per optimization profile.
         type: "f16" or "bf16": activations and dense weights.
         size: Of the plan, in parts.
+        predicted: The same, from the lowered model's shapes and masks before anything was packed or built.
         repeatable: Building again gives the same bytes.
         seconds: Seconds for packing, and for parsing and building.
         peak_bytes: Most memory that the building process had.
@@ -105,6 +79,7 @@ class BuildReport:
     profiles: list[dict[str, list[list[int]]]]
     type: str
     size: PlanSize
+    predicted: PlanSize
     repeatable: bool
     seconds: dict[str, float]
     peak_bytes: int
@@ -148,19 +123,22 @@ def build(
         raise InputError("TensorRT engines have no such type", got=type, allowed="f16 or bf16")
     trt, plugin = require_backend(targets, plugin)
     out.parent.mkdir(parents=True, exist_ok=True)
-    require_space(out, 2 * _weight_bytes(model))
     seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    lowered = load(model)
+    choices = choose_layouts(lowered, progress)
+    predicted = predict(lowered.graph, choices, runtime=trt.__name__, plugin=plugin.stat().st_size)
+    require_space(out, predicted.weights + predicted.total)  # the weights are packed into a file beside the plan
     # Beside the engine: there is space, and its weights may be large for /tmp.
     folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}-", dir=out.parent))
     try:
         with atomic_path(out) as temporary:
-            start = time.perf_counter()
-            layers = rewrite(model, folder / "model.onnx", type=type, progress=progress)
+            layers = rewrite(lowered, folder / "model.onnx", choices, type=type, progress=progress)
             seconds["pack"] = time.perf_counter() - start
             start = time.perf_counter()
             job = {
                 "plugin": str(plugin),
-                "layers": {layer.name: layer.out_features for layer in layers},
+                "nodes": _outputs(layers),
                 "type": type,
                 "shapes": asdict(shapes),
                 "targets": targets,
@@ -168,8 +146,8 @@ def build(
             (folder / "job.json").write_text(json.dumps(job))
             steady, built = _run_builder(folder, trt.__name__)
             seconds["build"] = time.perf_counter() - start
-            plugin_bytes = plugin.stat().st_size if layers else 0
-            size = _plan_size(folder / "engine.plan", (folder / "model.bin").stat().st_size, plugin_bytes)
+            weights, plugin_bytes = (folder / "model.bin").stat().st_size, predicted.plugin
+            size = count(folder / "engine.plan", weights=weights, plugin=plugin_bytes)
             (folder / "engine.plan").replace(temporary)
     finally:
         shutil.rmtree(folder)
@@ -184,6 +162,7 @@ def build(
         profiles=built["profiles"],
         type=type,
         size=size,
+        predicted=predicted,
         repeatable=steady,
         seconds=seconds,
         peak_bytes=built["peak_bytes"],
@@ -205,11 +184,12 @@ def require_backend(targets: Iterable[str] = (), plugin: Path | None = None) -> 
     return trt, plugin
 
 
-def _plan_size(plan: Path, weights: int, plugin: int) -> PlanSize:
-    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # Weights and machine code have no 256 printable characters in a row.
-        source = sum(text.end() - text.start() for text in re.finditer(rb"[\t\n\r -~]{256,}", data))
-        return PlanSize(len(data), weights, plugin, source)
+def _outputs(layers: Iterable[PluginNode]) -> dict[str, list[int]]:
+    """What `require_plugin_layers` expects: plugin node → out_features of its outputs."""
+    nodes: dict[str, list[int]] = {}
+    for layer in layers:
+        nodes.setdefault(layer.node, []).append(layer.out_features)
+    return nodes
 
 
 def _run_builder(folder: Path, module: str) -> tuple[bool, dict[str, Any]]:
@@ -230,7 +210,7 @@ def _run_builder(folder: Path, module: str) -> tuple[bool, dict[str, Any]]:
         "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
         "MALLOC_TOP_PAD_": str(1 << 30),
     }
-    command = [sys.executable, "-m", "sslc_export.engines.tensorrt_builder"]
+    command = [sys.executable, "-P", "-m", "sslc_export.engines.tensorrt_builder"]
     with _no_address_randomisation() as steady:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if (folder / "error.json").is_file():
@@ -263,11 +243,3 @@ def _no_address_randomisation() -> Iterator[bool]:
     finally:
         if allowed:
             personality(before)
-
-
-def _weight_bytes(model: Path) -> int:
-    import onnx
-    from onnx.external_data_helper import ExternalDataInfo
-
-    graph = onnx.load(model, load_external_data=False).graph
-    return sum(ExternalDataInfo(t).length or 0 for t in graph.initializer if t.external_data)

@@ -66,7 +66,7 @@ def build_plan(job: dict[str, Any], model: Path) -> tuple[memoryview, list[Any]]
     if not parser.parse_from_file(str(model)):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise RuntimeError(f"{trt.__name__} {trt.__version__} does not take the graph: {errors or log.text()}")
-    require_plugin_layers(trt, network, job["layers"], job["type"])
+    require_plugin_layers(trt, network, job["nodes"], job["type"])
 
     config = builder.create_builder_config()
     profiles = _profiles(trt, network, job["shapes"])
@@ -80,7 +80,7 @@ def build_plan(job: dict[str, Any], model: Path) -> tuple[memoryview, list[Any]]
         config.num_compute_capabilities = len(chosen)
         for i, capability in enumerate(chosen):
             config.set_compute_capability(capability, i)
-    if job["layers"]:
+    if job["nodes"]:
         config.plugins_to_serialize = [str(plugin)]
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -88,8 +88,8 @@ def build_plan(job: dict[str, Any], model: Path) -> tuple[memoryview, list[Any]]
     return memoryview(plan), profiles
 
 
-def require_plugin_layers(trt: ModuleType, network: Any, layers: dict[str, int], type: str) -> None:
-    """Checks that every compressed layer (name → out_features) became our plugin, with the right output.
+def require_plugin_layers(trt: ModuleType, network: Any, nodes: dict[str, list[int]], type: str) -> None:
+    """Checks that every node of ours (name → out_features of its layers) became our plugin, with the right outputs.
 
     TensorRT itself notices neither a plugin of another namespace nor an output of the wrong type.
     """
@@ -104,16 +104,15 @@ def require_plugin_layers(trt: ModuleType, network: Any, layers: dict[str, int],
         )
     found_layers = {network.get_layer(i).name: network.get_layer(i) for i in range(network.num_layers)}
     wanted = trt.DataType.HALF if type == "f16" else trt.DataType.BF16
-    for name, out_features in layers.items():
+    for name, out_features in nodes.items():
         layer = found_layers.get(name)
         if layer is None or layer.type != trt.LayerType.PLUGIN_V3:
             kind = "nothing" if layer is None else layer.type
             raise RuntimeError(f"layer {name} became {kind}, not the plugin")
-        output = layer.get_output(0)
-        if output.dtype != wanted or output.shape[-1] != out_features:
-            raise RuntimeError(
-                f"layer {name} gives {output.dtype} {tuple(output.shape)}; {wanted} and {out_features} columns expected"
-            )
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        if [(o.dtype, o.shape[-1]) for o in outputs] != [(wanted, N) for N in out_features]:
+            got = ", ".join(f"{o.dtype} {tuple(o.shape)}" for o in outputs)
+            raise RuntimeError(f"layer {name} gives {got}; {wanted} and {out_features} columns expected")
 
 
 def _profiles(trt: ModuleType, network: Any, shapes: dict[str, int]) -> list[dict[str, list[list[int]]]]:

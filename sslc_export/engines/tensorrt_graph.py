@@ -5,7 +5,8 @@ float32, so this module writes a second graph in which
 
 - every activation and dense weight is float16 or bfloat16, except what is computed from token positions alone (rotary
   angles reach the thousands, where float16 has whole numbers only), which is rounded where it meets the rest;
-- each of our nodes has the plugin's inputs (packed weights) and attributes instead of the checkpoint's;
+- each of our nodes has the plugin's inputs (packed weights) and attributes instead of the checkpoint's, and layers of
+  the same input (q, k and v; gate and up) are one node with an output for each;
 - the cache is appended to outside of Attention;
 - logits are float32.
 
@@ -14,7 +15,7 @@ Weights are read, packed and written one after the other: memory holds one layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +38,9 @@ class PluginNode:
     """One compressed layer in the rewritten graph.
 
     Attributes:
-        name: The layer's name, and the node's.
+        name: The layer's name.
+        node: The node that computes it, with others of the same input.
+        output: Which of the node's outputs is its own.
         layout: How its sparse part is packed.
         reason: Why in this layout.
         out_features: N.
@@ -47,6 +50,8 @@ class PluginNode:
     """
 
     name: str
+    node: str
+    output: int
     layout: str
     reason: str
     out_features: int
@@ -55,40 +60,59 @@ class PluginNode:
     nbytes: int
 
 
+def load(model: Path) -> ir.Model:
+    """The .onnx file that `sslc_export.lowering` wrote, without its weights."""
+    return ir.load(model)
+
+
+def choose_layouts(model: ir.Model, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> dict[str, pack.Choice]:
+    """The packed layout of each plugin node to be, by its name. Reads the bitmaps."""
+    choices = {}
+    for nodes in progress(_groups(model), "Choosing layouts"):
+        bitmaps = [_array(node, "bitmap") for node in nodes]
+        in_features = _array(nodes[0], "V").shape[1]
+        choices[_name_of(nodes)] = pack.choose_layout(bitmaps, in_features, int8=_has_scales(nodes[0]))
+    return choices
+
+
 def rewrite(
-    model: Path, out: Path, *, type: str, progress: Callable[[Iterable[Any], str], Iterable[Any]]
+    model: ir.Model,
+    out: Path,
+    choices: Mapping[str, pack.Choice],
+    *,
+    type: str,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]],
 ) -> tuple[PluginNode, ...]:
     """Writes the TensorRT variant of a lowered model.
 
     Args:
-        model: The .onnx file that `sslc_export.lowering` wrote.
+        model: From `load`; it is changed on the way.
         out: The .onnx file to write; its weights go beside it, with the suffix .bin.
+        choices: From `choose_layouts`.
         type: "f16" or "bf16".
         progress: Shows the packing.
 
     Raises:
         InputError: a weight does not fit the type.
     """
-    graph_model = ir.load(model)
-    expose_cache(graph_model)
-    graph = graph_model.graph
-    for function in list(graph_model.functions):  # the plugin takes the place of the operator's body
-        del graph_model.functions[function]
+    expose_cache(model)
+    graph = model.graph
+    for function in list(model.functions):  # the plugin takes the place of the operator's body
+        del model.functions[function]
     float32 = _position_values(graph)
     weights = out.with_suffix(".bin")
     packed = []
     with weights.open("wb") as file:
         writer = _Weights(file, weights)
-        ours = [node for node in graph if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
-        for node in progress(ours, "Packing layers"):
-            packed.append(_pack(graph, node, type, writer))
+        for nodes in progress(_groups(model), "Packing layers"):
+            packed.extend(_pack(graph, nodes, choices[_name_of(nodes)], type, writer))
         _to_half(graph, _TYPES[type], float32, writer)
     for node in graph:
         if node.op_type == "Attention":
             # TensorRT has fused kernels for some head sizes only, and takes others apart if this says that it may. The
             # attribute is TensorRT's own: onnx.checker refuses it, so that it can be added no earlier than here.
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
-    ir.save(graph_model, out)
+    ir.save(model, out)
     return tuple(packed)
 
 
@@ -114,53 +138,88 @@ class _Weights:
         )
 
 
-def _pack(graph: ir.Graph, node: ir.Node, type: str, writer: _Weights) -> PluginNode:
-    """Replaces a node's inputs and attributes by the plugin's."""
-    given = {name: node.inputs[i] for i, name in enumerate(names.INPUTS[: len(node.inputs)])}
-    array = {name: value.const_value.numpy() for name, value in given.items() if name != "X"}  # type: ignore[union-attr]
-    in_features = array["V"].shape[1]
-    layout, reason = pack.choose_layout(array["bitmap"], in_features, int8="scales" in array)
-    layer = pack.pack_layer(
-        array["bitmap"],
-        array["values"],
-        array["U"],
-        array["V"],
-        array["bias"],
-        in_features=in_features,
-        type=type,
-        layout=layout,
-        scales=array.get("scales"),
-        name=str(node.name),
-    )
-    inputs = [given["X"]]
-    for name, data in (("S", layer.S), ("U", layer.U), ("V", layer.V), ("bias", layer.bias)):
-        dtype = ir.DataType.FLOAT if name == "bias" else ir.DataType.INT32
-        inputs.append(_initializer(graph, writer.add(f"{node.name}.packed.{name}", data, dtype)))
-    output = node.outputs[0]
+def _groups(model: ir.Model) -> list[list[ir.Node]]:
+    """Our nodes in the order of the graph, those of the same input together."""
+    groups: dict[tuple[int, bool], list[list[ir.Node]]] = {}
+    for node in model.graph:
+        if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE):
+            same = groups.setdefault((id(node.inputs[0]), _has_scales(node)), [[]])
+            if len(same[-1]) == pack.MOST_STACKED:
+                same.append([])
+            same[-1].append(node)
+    return [group for same in groups.values() for group in same]
+
+
+def _name_of(nodes: list[ir.Node]) -> str:
+    """For example "model.layers.0.self_attn.q_proj+k_proj+v_proj"."""
+    return "+".join([str(nodes[0].name), *(str(node.name).rpartition(".")[2] for node in nodes[1:])])
+
+
+def _array(node: ir.Node, name: str) -> np.ndarray:
+    value = node.inputs[names.INPUTS.index(name)]
+    return value.const_value.numpy()  # type: ignore[union-attr]
+
+
+def _has_scales(node: ir.Node) -> bool:
+    return len(node.inputs) > names.INPUTS.index("scales")
+
+
+def _pack(graph: ir.Graph, nodes: list[ir.Node], choice: pack.Choice, type: str, writer: _Weights) -> list[PluginNode]:
+    """Puts one node with the plugin's inputs and attributes in the place of nodes that have the same input."""
+    name, layers = _name_of(nodes), []
+    for node in nodes:
+        given = names.INPUTS[1 : len(node.inputs)]
+        array = {name: _array(node, name) for name in given}
+        layers.append(
+            pack.pack_layer(
+                array["bitmap"],
+                array["values"],
+                array["U"],
+                array["V"],
+                array["bias"],
+                in_features=array["V"].shape[1],
+                type=type,
+                layout=choice.layout,
+                scales=array.get("scales"),
+                name=str(node.name),
+            )
+        )
+    packed = pack.stack(layers)
+    inputs = [nodes[0].inputs[0]]
+    for part, data in (("S", packed.S), ("U", packed.U), ("V", packed.V), ("bias", packed.bias)):
+        dtype = ir.DataType.FLOAT if part == "bias" else ir.DataType.INT32
+        inputs.append(_initializer(graph, writer.add(f"{name}.packed.{part}", data, dtype)))
     plugin = ir.node(
         NAME,
         inputs,
         {
             "plugin_version": VERSION,
             "plugin_namespace": NAMESPACE,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "rank": layer.rank,
-            "slot": layer.slot,
-            "layout": layer.layout,
-            "type": layer.type,
-            "values": "int8" if layer.int8 else "float",
+            "out_features": packed.out_features,
+            "in_features": packed.in_features,
+            "rank": packed.rank,
+            "slot": packed.slot,
+            "layout": packed.layout,
+            "type": packed.type,
+            "values": "int8" if packed.int8 else "float",
         },
         domain=names.DOMAIN,
-        name=node.name,
-        num_outputs=1,
+        name=name,
+        num_outputs=len(nodes),
     )
-    result = plugin.outputs[0]
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [plugin], [output], [result])
-    for value in given.values():
-        if value is not None and value.is_initializer() and not value.uses():
-            del graph.initializers[str(value.name)]
-    return PluginNode(str(node.name), layout, reason, layer.out_features, layer.in_features, layer.rank, layer.nbytes)
+    old = [node.outputs[0] for node in nodes]
+    weights = [value for node in nodes for value in node.inputs[1:] if value is not None]
+    ir.convenience.replace_nodes_and_values(graph, nodes[0], nodes, [plugin], old, list(plugin.outputs))
+    for value in weights:
+        if value.is_initializer() and not value.uses():
+            graph.initializers.pop(str(value.name), None)
+    return [
+        PluginNode(
+            str(node.name), name, i, choice.layout, choice.reason, len(layer.bias), layer.in_features, layer.rank[0],
+            layer.nbytes,
+        )
+        for i, (node, layer) in enumerate(zip(nodes, layers, strict=True))
+    ]  # fmt: skip
 
 
 def _position_values(graph: ir.Graph) -> set[ir.Value]:

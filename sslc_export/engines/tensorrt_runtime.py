@@ -1,4 +1,8 @@
-"""Runs a TensorRT plan on a GPU, with the cache staying there. Not run on a GPU yet: see scripts/gpu_check.sh."""
+"""Runs a TensorRT plan on a GPU, with the cache staying there. Not run on a GPU yet: see scripts/gpu_check.sh.
+
+TensorRT's own runtime, and not polygraphy's TrtRunner: that writes every call's outputs into the same buffers, so the
+cache, which is one call's output and the next one's input, would have to be copied for every token.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,7 @@ class TensorRTEngine:
     Attributes:
         name: How reports call it.
         vocab_size: Width of the logits.
+        kv_cache_bytes: Of one token of one sequence, in all layers.
         gpu_seconds: Time on the GPU of the last call, by CUDA events around the execution alone (trtexec's "GPU compute
             time").
 
@@ -71,6 +76,8 @@ class TensorRTEngine:
         self._type = {trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}[
             self._engine.get_tensor_dtype(self._past[0])
         ]
+        shapes = [self._engine.get_tensor_shape(n) for n in self._past]
+        self.kv_cache_bytes = sum(int(shape[1]) * int(shape[3]) * self._type.itemsize for shape in shapes)
         self.vocab_size = int(self._engine.get_tensor_shape("logits")[-1])
         # One context per optimization profile: mainline TensorRT's plans have one for decoding and one for prefill.
         self._contexts = []

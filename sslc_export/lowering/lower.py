@@ -130,16 +130,12 @@ def _name_our_nodes(model: ir.Model) -> tuple[str, ...]:
 
 def _describe(model: ir.Model, checkpoint: Checkpoint, dense_layers: tuple[str, ...]) -> None:
     """Adds the operator's body and says where the model comes from."""
-    ours = [node for node in model.graph if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE)]
-    with_scales = {len(node.inputs) > names.INPUTS.index("scales") for node in ours}
-    if len(with_scales) > 1:
-        raise InputError(
-            f"{checkpoint.folder} has layers with int8 values and layers with others",
-            allowed="one type of values in all compressed layers",
-            do="Compress the model again with one --values-dtype",
-        )
-    body = ir.serde.deserialize_function(op.function_body(with_scales == {True}))
-    model.functions[body.identifier()] = body
+    bodies = [ir.serde.deserialize_function(op.function_body(scales)) for scales in (False, True)]
+    for node in model.graph:
+        if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE):
+            body = bodies[len(node.inputs) > names.INPUTS.index("scales")]
+            node.overload = body.overload
+            model.functions[body.identifier()] = body
     model.opset_imports[names.DOMAIN] = names.VERSION
     model.graph.name = str(checkpoint.config["model_type"])
     model.producer_name, model.producer_version = "sslc-export", __version__

@@ -5,7 +5,12 @@ DOMAIN = "sslc"
 OP_TYPE = "LowRankSparseLinear"
 VERSION = 1
 LAYOUT = "rows64"
+WITH_SCALES = "scales"  # the overload of the body for nodes that have them
 INPUTS = ("X", "bitmap", "values", "U", "V", "bias", "scales")  # the last only with int8 values
+
+# Graph inputs and outputs beside input_ids, attention_mask and position_ids.
+LOGITS = "logits"
+PAST = "past_key_values."  # .N.key, .N.value
 
 # Keys of the model's metadata, and what their values mean.
 FORMAT_VERSION_KEY = "sslc.format_version"
@@ -13,3 +18,8 @@ FORMAT_VERSION = "1"
 CONFIG_KEY = "sslc.config_sha256"  # of the checkpoint's config.json
 MODEL_TYPE_KEY = "sslc.model_type"  # as in config.json
 DENSE_LAYERS_KEY = "sslc.dense_layers"  # JSON list of the names of the linear layers that are dense
+
+
+def present(past: str) -> str:
+    """The output that is the next call's input `past`."""
+    return "present." + past.removeprefix(PAST)

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxscript
+from onnx_ir.passes.common import InlinePass
 
-from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION
+from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION, WITH_SCALES
 
 # Opset 23 has Attention, RMSNormalization and RotaryEmbedding. The exporter decomposes them for older opsets,
 # and loses two of the three again for 24 (torch 2.13).
@@ -27,15 +29,12 @@ _BIT_MASKS = onnx.numpy_helper.from_array((np.uint32(1) << np.arange(32, dtype=n
 
 
 @onnxscript.script(_OPSET, default_opset=op)
-def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, layout: str = LAYOUT):  # noqa: N802
-    """Y = X · (S + U·V)ᵀ + bias, with S as a bitmap and its stored values (rows64: row by row, whole 64 columns)."""
+def _sparse(bitmap, values, K, rows):
+    """S [N, K] from a bitmap and its stored values (rows64: row by row, whole 64 columns); `rows` is [N, -1]."""
     # Which entries of S are stored, as a flat 0/1 vector in row-major order. Bit k mod 32 of word k div 32 belongs to
     # column k; columns from K on are padding.
-    N = op.Shape(bias)
-    K = op.Shape(V, start=1)
-    all_rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
     bits = op.BitwiseAnd(op.Unsqueeze(bitmap, op.Constant(value_ints=[-1])), op.Constant(value=_BIT_MASKS))
-    padded = op.Reshape(op.Cast(bits, to=onnx.TensorProto.BOOL), all_rows)
+    padded = op.Reshape(op.Cast(bits, to=onnx.TensorProto.BOOL), rows)
     mask = op.Slice(padded, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
     stored = op.Cast(op.Reshape(mask, op.Constant(value_ints=[-1])), to=onnx.TensorProto.INT32)
 
@@ -43,44 +42,43 @@ def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, l
     # any value. Float first: ONNX Runtime's CPU kernels do not calculate in bfloat16.
     position = op.CumSum(stored, op.Constant(value_int=0)) * stored
     with_zero = op.Concat(op.Constant(value_floats=[0.0]), op.Cast(values, to=onnx.TensorProto.FLOAT), axis=0)
-    S = op.Reshape(op.Gather(with_zero, position), all_rows)
+    return op.Reshape(op.Gather(with_zero, position), rows)
 
+
+@onnxscript.script(_OPSET, default_opset=op)
+def _linear(X, S, U, V, bias, K, N):
+    """Y = X · (S + U·V)ᵀ + bias for X of any number of dimensions."""
     # Gemm, because it takes its second factor transposed: a Transpose of S would be one more copy of it in memory.
     x = op.Reshape(X, op.Concat(op.Constant(value_ints=[-1]), K, axis=0))
     t = op.Gemm(x, op.Cast(V, to=onnx.TensorProto.FLOAT), transB=1)
     low_rank = op.Gemm(t, op.Cast(U, to=onnx.TensorProto.FLOAT), bias, transB=1)
     y = op.Gemm(x, S, low_rank, transB=1)
-    Y = op.Reshape(y, op.Concat(op.Shape(X, end=-1), N, axis=0), allowzero=1)
+    return op.Reshape(y, op.Concat(op.Shape(X, end=-1), N, axis=0), allowzero=1)
+
+
+@onnxscript.script(_OPSET, default_opset=op)
+def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, layout: str = LAYOUT):  # noqa: N802
+    """Y = X · (S + U·V)ᵀ + bias, with S as a bitmap and its stored values."""
+    N = op.Shape(bias)
+    K = op.Shape(V, start=1)
+    S = _sparse(bitmap, values, K, op.Concat(N, op.Constant(value_ints=[-1]), axis=0))
+    Y = _linear(X, S, U, V, bias, K, N)
     return Y  # noqa: RET504 - the name becomes the output's
 
 
 @onnxscript.script(_OPSET, default_opset=op)
 def _with_scales(X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT):
-    """Y = X · (S + U·V)ᵀ + bias, S being a bitmap, int8 values and one scale per row and aligned 64 columns."""
-    # As above, but for S at the end. (A function cannot ask whether an input is there, hence two of them.)
+    """The same with int8 values and one scale per row and aligned 64 columns."""
+    # (A function cannot ask whether an input is there, hence two of them.)
     N = op.Shape(bias)
     K = op.Shape(V, start=1)
-    all_rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
-    bits = op.BitwiseAnd(op.Unsqueeze(bitmap, op.Constant(value_ints=[-1])), op.Constant(value=_BIT_MASKS))
-    padded = op.Reshape(op.Cast(bits, to=onnx.TensorProto.BOOL), all_rows)
-    mask = op.Slice(padded, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
-    stored = op.Cast(op.Reshape(mask, op.Constant(value_ints=[-1])), to=onnx.TensorProto.INT32)
-
-    position = op.CumSum(stored, op.Constant(value_int=0)) * stored
-    with_zero = op.Concat(op.Constant(value_floats=[0.0]), op.Cast(values, to=onnx.TensorProto.FLOAT), axis=0)
-    integers = op.Reshape(op.Gather(with_zero, position), all_rows)
-
+    rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
     # Each scale serves 64 columns; the last of a row perhaps fewer.
     wide = op.Unsqueeze(op.Cast(scales, to=onnx.TensorProto.FLOAT), op.Constant(value_ints=[-1]))
-    columns = op.Reshape(op.Expand(wide, op.Constant(value_ints=[1, 1, 64])), all_rows)
+    columns = op.Reshape(op.Expand(wide, op.Constant(value_ints=[1, 1, 64])), rows)
     of_column = op.Slice(columns, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
-    S = integers * of_column
-
-    x = op.Reshape(X, op.Concat(op.Constant(value_ints=[-1]), K, axis=0))
-    t = op.Gemm(x, op.Cast(V, to=onnx.TensorProto.FLOAT), transB=1)
-    low_rank = op.Gemm(t, op.Cast(U, to=onnx.TensorProto.FLOAT), bias, transB=1)
-    y = op.Gemm(x, S, low_rank, transB=1)
-    Y = op.Reshape(y, op.Concat(op.Shape(X, end=-1), N, axis=0), allowzero=1)
+    S = _sparse(bitmap, values, K, rows) * of_column
+    Y = _linear(X, S, U, V, bias, K, N)
     return Y  # noqa: RET504 - the name becomes the output's
 
 
@@ -116,13 +114,16 @@ node = onnxscript.values.Op(_OPSET, OP_TYPE, _SCHEMA)
 
 
 def function_body(scales: bool = False) -> onnx.FunctionProto:
-    """The operator as a model-local function: what runs where our library is not loaded.
+    """The operator as a model-local function of standard operators: what runs where our library is not loaded.
 
     Args:
-        scales: For nodes with int8 values, which have scales, rather than for those without.
+        scales: For nodes with int8 values, which have scales, rather than for those without. It is an overload, since
+            a model may have both.
     """
-    if not scales:
-        return LowRankSparseLinear.to_function_proto()
-    body = _with_scales.to_function_proto()
-    body.name = OP_TYPE
-    return body
+    scripts = (_sparse, _linear, _with_scales if scales else LowRankSparseLinear)
+    functions = [ir.serde.deserialize_function(script.to_function_proto()) for script in scripts]
+    body = functions[-1]
+    body.name, body.overload = OP_TYPE, WITH_SCALES if scales else ""
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}), ir_version=10, functions=functions)
+    InlinePass(lambda function: function.name != OP_TYPE)(model)
+    return ir.serde.serialize_function(body)

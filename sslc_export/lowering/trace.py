@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from compress.architectures import skeleton
 from compress.format import Checkpoint
-from compress.hf import replace_linears
+from compress.hf import replace_layers
 from sslc_common.errors import InputError
 from sslc_export.lowering import names, op
 from sslc_export.lowering.exportable import ATTENTION, WRAPPED, FlatCache
@@ -36,7 +36,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         InputError: the architecture is not supported, or the checkpoint does not fit it.
     """
     model = skeleton(checkpoint.folder)
-    replace_linears(model, checkpoint)
+    replace_layers(model, checkpoint, torch.float32)
     model.tie_weights()
     model.set_attn_implementation(ATTENTION)
     return model.eval()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from compress.format import Checkpoint
 from compress.shards import TensorRef
 from sslc_common.errors import InputError
 from sslc_common.files import atomic_path, remove, require_space
-from sslc_export.lowering import names
 
 # safetensors' names of types, and ONNX's.
 _TYPES = {
@@ -31,18 +31,18 @@ _TYPES = {
     "I32": ir.DataType.INT32,
     "I8": ir.DataType.INT8,
 }
-# Inputs of our operator that stay in their stored type; its bias is float32 (docs/architecture.md).
-_STORED_TYPE_INPUTS = tuple(names.INPUTS.index(name) for name in ("values", "U", "V", "scales"))
 
 
 def attach(model: ir.Model, checkpoint: Checkpoint, folder: Path, locations: Mapping[Path, str]) -> None:
     """Makes the inputs of a graph that are weights its initializers, as byte ranges of the checkpoint's files.
 
-    Weights of another floating type than float32 get a Cast, because ONNX Runtime's CPU kernels calculate in float32.
-    It folds the Casts when it opens the model: they cost memory (that of the float32 model) and no time.
+    Weights of another floating type than the traced float32 get a Cast, because ONNX Runtime's CPU kernels calculate in
+    float32. It folds the Casts when it opens the model: they cost memory (that of the float32 model) and no time.
+    A weight that the graph reads in another shape, too, is a second initializer over the same bytes: a Reshape would be
+    folded into a copy.
 
     Args:
-        model: Its inputs include the weights, named as the checkpoint's tensors.
+        model: Its inputs include the weights, named as the checkpoint's tensors, in the types that they were traced in.
         checkpoint: Where the tensors are.
         folder: The folder of the .onnx file.
         locations: Path relative to `folder` of each weight file, from `placed`.
@@ -54,10 +54,12 @@ def attach(model: ir.Model, checkpoint: Checkpoint, folder: Path, locations: Map
         name = str(value.name)
         ref = checkpoint.tensors[name]
         value.const_value = _byte_range(name, ref, folder, locations[ref.file])
-        value.type = ir.TensorType(value.const_value.dtype)
+        traced, value.type = value.dtype, ir.TensorType(value.const_value.dtype)
         graph.register_initializer(value)
-        if value.dtype not in (ir.DataType.FLOAT, ir.DataType.INT32):
+        if value.dtype != traced:
             _cast_to_float32(graph, value)
+        for node in [node for node, index in value.uses() if node.op_type == "Reshape" and index == 0]:
+            _share_bytes(graph, node, ref, folder, locations[ref.file])
 
 
 def require_known_types(checkpoint: Checkpoint) -> None:
@@ -79,11 +81,23 @@ def _byte_range(name: str, ref: TensorRef, folder: Path, location: str) -> ir.Te
     return ir.ExternalTensor(location, ref.offset, ref.length, dtype, shape=shape, name=name, base_dir=folder)
 
 
+def _share_bytes(graph: ir.Graph, reshape: ir.Node, ref: TensorRef, folder: Path, location: str) -> None:
+    """Puts an initializer over the bytes of a weight in the place of its Reshape."""
+    weight, view = reshape.inputs[0], reshape.outputs[0]
+    assert weight is not None
+    assert view.shape is not None
+    shape = tuple(view.shape.numpy())
+    name = f"{weight.name}.as_{'x'.join(map(str, shape))}"
+    shared = ir.Value(name=name, shape=view.shape, type=weight.type)
+    shared.const_value = _byte_range(name, replace(ref, shape=shape), folder, location)
+    graph.register_initializer(shared)
+    ir.convenience.replace_all_uses_with(view, shared)
+    graph.remove(reshape, safe=True)
+
+
 def _cast_to_float32(graph: ir.Graph, weight: ir.Value) -> None:
     shared: ir.Value | None = None
     for node, index in list(weight.uses()):
-        if node.op_type == names.OP_TYPE and node.domain == names.DOMAIN and index in _STORED_TYPE_INPUTS:
-            continue
         if node.op_type == "Gather" and index == 0:
             # Embeddings are cast behind the Gather: only the rows that are looked up.
             rows = node.outputs[0]

@@ -28,17 +28,26 @@ class RandomLayer:
     bias: np.ndarray
     stored: dict[str, np.ndarray]
 
-    def reference(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The output in float64, and the largest error that is allowed in each of its elements."""
+    def reference(self, x: np.ndarray, *, activations: str = "f32") -> tuple[np.ndarray, np.ndarray]:
+        """The output in float64, and the largest error that is allowed in each of its elements.
+
+        Args:
+            x: Activations [tokens, K].
+            activations: "bf16" where the kernel rounds them to bfloat16.
+        """
         x64 = x.astype(np.float64)
         y = x64 @ self.S.T + (x64 @ self.V.T) @ self.U.T + self.bias
         size = np.abs(x64) @ np.abs(self.S).T + (np.abs(x64) @ np.abs(self.V).T) @ np.abs(self.U).T + np.abs(self.bias)
         bound = TOLERANCE * size
+        if activations == "bf16":
+            # Eight significant bits: half a step is at most 2^-8 of the number; and 1 % for what is rounded on the way.
+            bound += 1.01 * 2.0**-8 * size
         if self.element == 3:
             # Activations are rounded to 16 bits of the token's largest: half a step each, and 1 % for what is rounded
             # on the way to it.
             step = np.abs(x64).max(axis=1, initial=0) / 32767
-            bound += 1.01 * 0.5 * step[:, None] * np.abs(self.S).sum(axis=1)
+            weights = np.abs(self.S).sum(axis=1) + np.abs(self.U) @ np.abs(self.V).sum(axis=1)
+            bound += 1.01 * 0.5 * step[:, None] * weights
         return y, bound
 
 

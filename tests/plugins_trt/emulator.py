@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import plugins_trt
-from plugins_trt.pack import LAYOUTS, SCALE_GROUP, PackedLayer, pack_layer, to_bits
+from compress.layer import SCALE_GROUP
+from plugins_trt.pack import LAYOUTS, MOST_STACKED, PackedLayer, pack_layer, stack, to_bits
 
 SOURCE = Path(plugins_trt.__file__).parent
 SANITIZERS = {
@@ -144,16 +145,37 @@ def random_case(
 
 
 def write_case(case: Case, path: Path) -> None:
-    packed = case.pack()
-    x = case.X.astype(np.float32)
-    if not case.f32:
-        bits = to_bits(np.where(np.isfinite(x), x, 0), case.type)
+    write_stack([case], path)
+
+
+def write_stack(cases: list[Case], path: Path) -> None:
+    """Writes layers as one, with the activations and options of the first."""
+    first = cases[0]
+    options = (first.multiprocessors, first.shared_bytes, first.splits, first.late, first.reverse)
+    write_packed(stack([case.pack() for case in cases]), first.X, path, f32=first.f32, options=options)
+
+
+def write_packed(
+    packed: PackedLayer,
+    X: np.ndarray,
+    path: Path,
+    *,
+    f32: bool = False,
+    options: tuple[int, int, int, bool, bool] = (4, 99 << 10, 0, True, False),
+) -> None:
+    """Writes what `emulate` runs; the options are multiprocessors, shared bytes, splits, late, reverse."""
+    x = X.astype(np.float32)
+    if not f32:
+        bits = to_bits(np.where(np.isfinite(x), x, 0), packed.type)
         bits[~np.isfinite(x)] = 0x7FFF  # NaN in both types
         x = bits
     arrays = [x, packed.S, packed.U, packed.V, packed.bias]
-    header = [packed.out_features, packed.in_features, packed.rank, LAYOUTS.index(packed.layout)]
-    header += [("f16", "bf16").index(packed.type), packed.int8, packed.slot, len(case.X), case.f32]
-    header += [case.multiprocessors, case.shared_bytes, case.splits, case.late, case.reverse]
+    parts = len(packed.out_features)
+    header = [parts]
+    for numbers in (packed.out_features, packed.rank):
+        header += [*numbers, *[0] * (MOST_STACKED - parts)]
+    header += [packed.in_features, LAYOUTS.index(packed.layout)]
+    header += [("f16", "bf16").index(packed.type), packed.int8, packed.slot, len(X), f32, *options]
     header += [a.nbytes for a in arrays]
     data = struct.pack(f"<{len(header)}i", *header)
     data += b"\0" * (16 - len(data) % 16)
@@ -166,20 +188,36 @@ def write_case(case: Case, path: Path) -> None:
 
 def run_cases(program: Path, cases: list[Case], folder: Path, timeout: float = 600) -> list[np.ndarray]:
     """The outputs [M, N] in float64."""
-    paths = [folder / f"case{i}" for i in range(len(cases))]
-    for case, path in zip(cases, paths, strict=True):
-        write_case(case, path)
+    return [output for (output,) in run_stacks(program, [[case] for case in cases], folder, timeout)]
+
+
+def run_stacks(program: Path, stacks: list[list[Case]], folder: Path, timeout: float = 600) -> list[list[np.ndarray]]:
+    """The outputs [M, N] of each layer of each stack, in float64."""
+    paths = [folder / f"case{i}" for i in range(len(stacks))]
+    for cases, path in zip(stacks, paths, strict=True):
+        write_stack(cases, path)
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
     subprocess.run([program, *paths], check=True, timeout=timeout, env=environment, capture_output=True, text=True)
-    outputs = []
-    for case, path in zip(cases, paths, strict=True):
-        data = Path(f"{path}.out").read_bytes()
-        shape = (len(case.X), len(case.mask))
-        if case.f32:
-            outputs.append(np.frombuffer(data, np.float32).reshape(shape).astype(np.float64))
-        else:
-            outputs.append(from_bits(np.frombuffer(data, np.uint16), case.type).reshape(shape))
-    return outputs
+    return [outputs_of(cases, path) for cases, path in zip(stacks, paths, strict=True)]
+
+
+def outputs_of(cases: list[Case], path: Path) -> list[np.ndarray]:
+    """What a program wrote for `path`, in float64: the layers' outputs [M, N], which lie one after the other."""
+    first, rows = cases[0], len(cases[0].X)
+    data = np.fromfile(f"{path}.out", np.float32 if first.f32 else np.uint16)
+    wide = data.astype(np.float64) if first.f32 else from_bits(data, first.type)
+    ends = np.cumsum([rows * len(case.mask) for case in cases])
+    return [part.reshape(rows, -1) for part in np.split(wide, ends[:-1])]
+
+
+def random_stack(
+    seed: int, outs: tuple[int, ...], K: int, ranks: tuple[int, ...], M: int, **options: object
+) -> list[Case]:
+    """Layers of the same activations."""
+    cases = [random_case(seed + i, N, K, r, M, **options) for i, (N, r) in enumerate(zip(outs, ranks, strict=True))]
+    for case in cases:
+        case.X = cases[0].X
+    return cases
 
 
 def reference(case: Case) -> tuple[np.ndarray, np.ndarray]:

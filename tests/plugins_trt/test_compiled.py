@@ -12,7 +12,7 @@ import pytest
 
 from scripts import predict_gpu
 from tests.plugins_trt.emulator import SOURCE
-from tests.plugins_trt.toolchain import nvcc, run
+from tests.plugins_trt.toolchain import build_for_gpu, nvcc, run
 
 # Registers per thread. decode(): 512 threads per multiprocessor must fit. gemm(): 256 threads, 64 of the registers are
 # accumulators. The others are bound by memory and want many threads.
@@ -44,6 +44,14 @@ def test_registers_spills_and_shared_memory(architecture, tmp_path):
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} uses local memory"
         assert int(registers) <= MOST_REGISTERS[kind], f"{name} uses {registers} registers"
         assert "smem" not in rest, f"{name} has static shared memory, which no plan of launch.h counts"
+
+
+@pytest.mark.slow
+def test_the_program_for_gpus_compiles_and_asks_for_one():
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([build_for_gpu("sm_80"), "case"], capture_output=True, text=True, env=hidden)
+    assert done.returncode == 1
+    assert done.stderr.startswith("the GPU: ")
 
 
 @pytest.mark.slow

@@ -1,11 +1,24 @@
-"""The CUDA kernels' own source, run on the CPU emulator, against float64. Nothing here has run on a GPU."""
+"""The CUDA kernels' own source, run on the CPU emulator, against float64. Nothing here has run on a GPU.
+
+With SSLC_ON_GPU=1 the same cases run on the GPU of this machine (scripts/gpu_check.sh).
+"""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import pytest
 
-from tests.plugins_trt.emulator import compile_emulator, random_case, run_cases, worst_error
+from tests.plugins_trt.emulator import (
+    compile_emulator,
+    random_case,
+    random_stack,
+    run_cases,
+    run_stacks,
+    worst_error,
+)
+from tests.plugins_trt.toolchain import build_for_gpu
 
 # layout, mask rule, int8
 FORMATS = [
@@ -20,7 +33,7 @@ IDS = [f"{layout}{'-int8' if int8 else ''}" for layout, _, int8 in FORMATS]
 
 @pytest.fixture(scope="module")
 def program():
-    return compile_emulator()
+    return build_for_gpu() if os.environ.get("SSLC_ON_GPU") else compile_emulator()
 
 
 def check(program, folder, cases):
@@ -90,6 +103,33 @@ def test_prefill_expands_and_multiplies(program, tmp_path, layout, rule, int8, t
         for i, s in enumerate(shapes)
     ]
     check(program, tmp_path, cases)
+
+
+# q, k and v of a grouped-query attention; gate and up; one without a low-rank part, one that is nothing else but small.
+STACKS = [((48, 16, 20), (64, 7, 100)), ((33, 33), (0, 65)), ((1, 40, 16), (130, 0, 0)), ((17, 5), (0, 0))]
+
+
+@pytest.mark.parametrize("type", ["f16", "bf16"])
+@pytest.mark.parametrize(("layout", "rule", "int8"), FORMATS, ids=IDS)
+def test_layers_of_the_same_input_are_one_launch(program, tmp_path, layout, rule, int8, type):
+    options = {"rule": rule, "int8": int8, "layout": layout, "type": type}
+    stacks = [
+        random_stack(i, outs, K, ranks, M, splits=splits, f32=f32, **options)
+        for i, (outs, ranks) in enumerate(STACKS)
+        # In 8 splits, a part of low rank has no columns left for the last ones.
+        for K, M, splits, f32 in ((576, 3, 0, False), (200, 9, 8, False), (1100, 40, 3, True), (130, 70, 0, i % 2 == 0))
+    ]
+    for cases, outputs in zip(stacks, run_stacks(program, stacks, tmp_path), strict=True):
+        for case, output in zip(cases, outputs, strict=True):
+            assert worst_error(case, output) <= 1
+
+
+@pytest.mark.parametrize("M", [4, 70])
+def test_a_layer_has_the_same_bits_in_a_stack_as_alone(program, tmp_path, M):
+    cases = random_stack(0, (32, 16, 48), 512, (64, 64, 64), M, rule="free:0.5", splits=2)
+    stacked = run_stacks(program, [cases], tmp_path)[0]
+    for case, output in zip(cases, stacked, strict=True):
+        assert np.array_equal(output, run_cases(program, [case], tmp_path)[0])
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 0.7, 0.97, 1.0])

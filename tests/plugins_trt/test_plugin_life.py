@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import subprocess
 
-import numpy as np
 import pytest
 
-from tests.plugins_trt.emulator import from_bits, random_case, worst_error, write_case
+from tests.plugins_trt.emulator import outputs_of, random_case, random_stack, worst_error, write_case, write_stack
 from tests.plugins_trt.test_kernel import FORMATS, IDS
 from tests.plugins_trt.toolchain import build_plugin, build_stand_in
 
@@ -17,14 +16,6 @@ def life():
     plugin = build_plugin("Shared") / "libsslc_trt.so"
     _, program = build_stand_in()
     return lambda case, *changes: subprocess.run([program, plugin, case, *changes], capture_output=True, text=True)
-
-
-def output_of(case, path):
-    data = path.with_name(path.name + ".out").read_bytes()
-    shape = (len(case.X), len(case.mask))
-    if case.f32:
-        return np.frombuffer(data, np.float32).reshape(shape).astype(np.float64)
-    return from_bits(np.frombuffer(data, np.uint16), case.type).reshape(shape)
 
 
 @pytest.mark.parametrize("type", ["f16", "bf16"])
@@ -37,8 +28,21 @@ def test_from_creation_to_the_right_numbers(life, tmp_path, layout, rule, int8, 
         write_case(case, tmp_path / "case")
         done = life(tmp_path / "case")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert worst_error(case, output_of(case, tmp_path / "case")) <= 1
+        assert worst_error(case, outputs_of([case], tmp_path / "case")[0]) <= 1
         assert int(done.stdout.split("launches:")[1]) >= (1 if rank == 0 else 2)
+
+
+@pytest.mark.parametrize("M", [5, 70])
+@pytest.mark.parametrize(("layout", "rule", "int8"), FORMATS, ids=IDS)
+def test_layers_of_the_same_input_have_an_output_each(life, tmp_path, layout, rule, int8, M):
+    # Each layer by itself: t, decode and perhaps reduce; or expand, convert, t and gemm. Here only gemm is one each.
+    cases = random_stack(M, (36, 16, 1), 300, (20, 0, 64), M, rule=rule, int8=int8, layout=layout)
+    write_stack(cases, tmp_path / "case")
+    done = life(tmp_path / "case")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for case, output in zip(cases, outputs_of(cases, tmp_path / "case"), strict=True):
+        assert worst_error(case, output) <= 1
+    assert int(done.stdout.split("launches:")[1]) <= (3 if M == 5 else 3 + len(cases))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,8 @@ def test_from_creation_to_the_right_numbers(life, tmp_path, layout, rule, int8, 
         ("out_features=64", "elements in 1 dimensions"),
         ("rank=100", "U has 4 elements"),
         ("inputs=4", "it has 5"),
+        ("also=rank", "out_features has 1 values, rank has 2"),
+        ("also=slot", "attribute slot has a value"),
     ],
 )
 def test_what_cannot_work_is_refused_in_words(life, tmp_path, change, message):

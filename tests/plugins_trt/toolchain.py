@@ -65,6 +65,18 @@ def build_plugin(runtime: str) -> Path:
     return folder
 
 
+def build_for_gpu(architecture: str = "native") -> Path:
+    """The program that runs the cases of tests/plugins_trt/emulator.py on a GPU instead of the emulator."""
+    folder, there = kept_folder("on_gpu", nvcc(), architecture)
+    if not there:
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        partial.mkdir(parents=True)
+        source = SOURCE / "emulator" / "on_gpu.cu"
+        run(nvcc(), "-std=c++17", f"-arch={architecture}", "-Xcompiler=-Wall,-Wextra", source, "-o", partial / "on_gpu")
+        partial.replace(folder)
+    return folder / "on_gpu"
+
+
 def build_stand_in() -> tuple[Path, Path]:
     """(folder with the stand-in for libcudart.so.13, the program `life`)."""
     headers = tensorrt_headers()

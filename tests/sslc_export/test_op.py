@@ -48,6 +48,7 @@ def model_of(tensors, x_shape):
     n = tensors["bias"].shape[0]
     leading = [f"d{i}" for i in range(len(x_shape) - 1)]
     float32 = onnx.TensorProto.FLOAT
+    body = op.function_body("scales" in tensors)
     graph = helper.make_graph(
         [
             helper.make_node(
@@ -55,6 +56,7 @@ def model_of(tensors, x_shape):
                 ["X", *tensors],
                 ["Y"],
                 domain=names.DOMAIN,
+                overload=body.overload,
                 version=names.VERSION,
                 layout=names.LAYOUT,
             )
@@ -65,9 +67,7 @@ def model_of(tensors, x_shape):
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
     opsets = [helper.make_opsetid("", op.OPSET), helper.make_opsetid(names.DOMAIN, names.VERSION)]
-    model = helper.make_model(
-        graph, opset_imports=opsets, functions=[op.function_body("scales" in tensors)], ir_version=10
-    )
+    model = helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return model
 

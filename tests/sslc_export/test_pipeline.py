@@ -45,6 +45,8 @@ def test_the_golden_path_passes_and_writes_all_it_promises(built):
     assert verdict["engine"]["kernel_layers"] == 21
     assert verdict["engine"]["dense_layers"] == 1  # lm_head
     assert verdict["latency"]["decode"]["speedup"]["low"] > 0
+    assert set(verdict["engine"]["predicted_speedup"]) == {"prefill", "decode"}
+    assert "Predicted speed" in (folder / "report" / "report.md").read_text()
     assert 0 < verdict["size"]["ratio"] < 1
     assert verdict["accuracy"]["perplexity_ratio"] > 0
     assert "passed" in (folder / "report" / "report.md").read_text().lower()

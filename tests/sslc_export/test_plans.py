@@ -66,9 +66,13 @@ def test_a_plan_is_built_and_the_verdict_says_that_it_was_not_executed(built):
 def test_every_compressed_layer_is_our_plugin_in_the_plan_itself(built):
     # TensorRT-RTX writes the network that it will run into the plan, as text.
     plan = (built[0] / "engine.plan").read_bytes()
-    names = [layer["name"] for layer in json.loads((built[0] / "engine.json").read_text())["tensorrt"]["layers"]]
-    assert len(names) == 21
-    for name in names:
+    layers = json.loads((built[0] / "engine.json").read_text())["tensorrt"]["layers"]
+    assert len({layer["name"] for layer in layers}) == 21
+    # q, k and v are one node, and so are gate and up.
+    nodes = {layer["node"] for layer in layers}
+    assert len(nodes) == 12
+    assert len({(layer["node"], layer["output"]) for layer in layers}) == 21
+    for name in nodes:
         assert plan.count(f'custom_layer={{ name="{name}"'.encode()) == 1, name
 
 
@@ -127,6 +131,8 @@ def test_where_a_gpu_is_the_plan_is_validated_in_full(built, tiny_folder, text_f
     monkeypatch.setenv("SSLC_TRT_LIBRARY", str(plugin))
     monkeypatch.setattr(plans, "why_not_executed", lambda: None)
     monkeypatch.setattr(tensorrt_runtime, "TensorRTEngine", OnCpu)
+    free = iter(range(4000, 0, -1000))  # each engine that is opened takes 1000 bytes
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (next(free), 4000))
     arguments = ["--engine", str(built[0] / "engine.plan"), "--reference", str(tiny_folder), "--report", str(tmp_path)]
     arguments += ["--held-out-tokens", "2048", "--latency-seconds", "0.5", "--held-out", str(text_file)]
     assert validate.main(arguments) == 0
@@ -135,6 +141,12 @@ def test_where_a_gpu_is_the_plan_is_validated_in_full(built, tiny_folder, text_f
     assert verdict["accuracy"]["perplexity_ratio"] > 0
     assert verdict["latency"]["decode"]["speedup"]
     assert verdict["limits"][0]["limit"] == 0.02
+    assert (verdict["size"]["gpu"]["dense"], verdict["size"]["gpu"]["compressed"]) == (1000, 1000)
+    assert verdict["size"]["kv_cache"]["ratio"] == 1.0
+    assert verdict["latency"]["sweep"] == []
+    reasons = {skipped["what"]: skipped["reason"] for skipped in verdict["skipped"]}
+    assert "at most 1 sequences" in reasons["latency.sweep"]
+    assert verdict["engine"]["build"]["tensorrt"]["activations"] == "f16"
 
 
 @pytest.mark.parametrize(

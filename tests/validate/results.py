@@ -7,16 +7,35 @@ from dataclasses import replace
 from validate.accuracy import Accuracy, Perplexity, PerplexityRatio
 from validate.attribution import Attribution, Finding, LayerErrors
 from validate.environment import Environment
-from validate.latency import Latency, LatencyOptions, PhaseLatency
+from validate.harness import Harness, TaskScore
+from validate.latency import Latency, LatencyOptions
 from validate.metrics import PhaseNumerics
 from validate.numerics import Divergence, Numerics
+from validate.sampler import PhaseLatency
 from validate.size import Bytes, SizeLedger
-from validate.stability import Gate, Load
+from validate.stability import Clocks, Gate, Load
 from validate.statistics import Interval, Summary
 from validate.verdict import EngineRecord, LayerRecord, Results
 
-STABLE = Gate(True, (), Load(own=1.98, others=0.04, needed=2, cores=2))
+STABLE = Gate(True, (), Load(own=1.98, others=0.04, needed=2, cores=2), Clocks(2590.0, 2600.0, 2610.0, 0))
 UNSTABLE = Gate(False, ("compressed varies by 31% (at most 20%)",), Load(1.5, 0.6, 2, 2))
+
+BUILD = {
+    "model": "SmolLM2-135M",
+    "runtime": "onnxruntime",
+    "op_counts": {"sslc::LowRankSparseLinear": 209, "Add": 62},
+    "files": {"engine.onnx": {"bytes": 486236, "sha256": "7d02d181cd55f62b" + "0" * 48}},
+    "versions": {"torch": "2.13.0"},
+    "compression": {"method": "hassle_free", "budget_in_params": 0.5, "mask_cost": None},
+}
+
+HARNESS = Harness(
+    (
+        TaskScore("arc_easy", "acc", 200, 0.52, 0.035, 0.56, 0.035, 0.52 / 0.56, 0.02),
+        TaskScore("wikitext", "word_perplexity", 10, 31.0, None, 24.0, None),
+    ),
+    "0.4.13",
+)
 
 ENVIRONMENT = Environment(
     machine="Linux 6.1 x86_64",
@@ -46,7 +65,9 @@ NUMERICS = Numerics(
 )
 
 
-ATTRIBUTION = Attribution((LayerErrors("model.layers.0.mlp.up_proj", 0.083, 2e-7, 1e-7, 3e-7, 4e-7),), None, None, 1e-5)
+ATTRIBUTION = Attribution(
+    (LayerErrors("model.layers.0.mlp.up_proj", 0.083, 2e-7, 1e-7, 3e-7, 4e-7, 1.0, 2e-6),), None, None, 1e-5
+)
 
 
 def perplexity(value: float) -> Perplexity:
@@ -70,22 +91,27 @@ LATENCY = Latency(
     decode=phase(0.0225, 0.015, 1, Interval(1.5, 1.48, 1.52)),
     options=LatencyOptions(),
     threads={"dense": 2, "compressed": 2},
+    sweep={4: phase(0.05, 0.04, 4, Interval(1.25, 1.2, 1.3))},
 )
 
 RESULTS = Results(
-    engine=EngineRecord("engine.onnx", kernel_layers=209, dense_layers=1, build_record="engine.json"),
+    engine=EngineRecord("engine.onnx", kernel_layers=209, dense_layers=1, build_record="engine.json", build=BUILD),
     created="2026-11-22T12:00:00+00:00",
     environment=ENVIRONMENT,
     numerics=NUMERICS,
     attribution=ATTRIBUTION,
     accuracy=ACCURACY,
+    harness=HARNESS,
     latency=LATENCY,
     size=SizeLedger(
         engine=Bytes(538_000_000, 345_000_000),
         layers=Bytes(424_000_000, 231_000_000),
         checkpoint=Bytes(538_000_000, 345_100_000),
         memory=Bytes(compressed=400_000_000),
+        mapped=Bytes(compressed=310_000_000),
+        kv_cache=Bytes(46_080, 46_080),
     ),
+    seconds={"numerics": 20.1, "latency": 60.4},
     layers=(LayerRecord("model.layers.0.mlp.up_proj", 32, 0.41, 1_900_000, 3_538_944, 0.083),),
 )
 
@@ -109,6 +135,7 @@ def bare() -> Results:
         skipped={
             "attribution": "no way into the engine's layers was given",
             "numerics": "no PyTorch model was given",
+            "harness": "no tasks were given",
             "accuracy": "no held-out text was given",
             "latency.dense": "no dense engine was given",
             "size": "no sizes were given",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sslc_common.errors import InputError
 from validate.attribution import LOGITS, Activations, attribute, relative_l2
 
 NAMES = ("a", "b", "c", "d")
@@ -12,9 +13,8 @@ TEXT = np.random.default_rng(0).integers(0, 50, (2, 20))
 class Probe:
     """Layers that double what they get; errors are put in by name and phase."""
 
-    layers = NAMES
-
-    def __init__(self, noise=0.0, inputs=None, alone=None, no_kernel=None, different=()):
+    def __init__(self, noise=0.0, inputs=None, alone=None, no_kernel=None, different=(), layers=NAMES):
+        self.layers = layers
         self.noise, self.inputs, self.alone, self.no_kernel = noise, inputs or {}, alone or {}, no_kernel
         self.different = different
         self.random = np.random.default_rng(1)
@@ -22,7 +22,7 @@ class Probe:
     def run(self, ids, mask, cache):
         phase = "decode" if ids.shape[1] == 1 else "prefill"
         hidden, seen = np.stack([np.sin(ids * (k + 1.0)) for k in range(4)], -1), {}
-        for name in (*NAMES, LOGITS):
+        for name in (*self.layers, LOGITS):
             hidden = hidden * (1 + self.inputs.get((name, phase), 0.0))
             hidden = hidden * (1 + self.noise * self.random.standard_normal(hidden.shape))
             X = hidden.copy()
@@ -93,6 +93,22 @@ def test_without_a_kernel_there_is_no_kernel_error():
 def test_other_weights_everywhere_mean_another_checkpoint():
     first = found(alone={(name, "lowering"): 0.1 for name in NAMES}, different=("values",)).first
     assert "another checkpoint" in first.explanation
+
+
+def test_cosine_and_largest_error_are_those_of_the_worst_phase():
+    right = {layer.name: layer for layer in found().layers}
+    assert (right["c"].cosine, right["c"].max_error_over_rms) == (pytest.approx(1.0), 0.0)
+    wrong = {layer.name: layer for layer in found(inputs={("c", "decode"): -2.0}).layers}  # the sign turned
+    assert wrong["b"].cosine == pytest.approx(1.0)
+    assert wrong["c"].cosine == pytest.approx(-1.0)
+    # Errors of twice the value; the largest sine is at most √2 of their rms or a little more, on a few values.
+    assert 2.0 < wrong["c"].max_error_over_rms < 4.0
+
+
+@pytest.mark.parametrize("layers", [NAMES[:3], (*NAMES, "e")])
+def test_layers_that_only_one_of_them_has_are_refused(layers):
+    with pytest.raises(InputError, match="does not have the layers"):
+        found(layers=layers)
 
 
 def test_relative_l2_of_nothing_and_of_nan():

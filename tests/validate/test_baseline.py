@@ -39,6 +39,20 @@ def test_intervals_that_overlap_are_no_change():
     assert outcomes(before)["latency.decode.speedup"] == "better"
 
 
+def test_intervals_that_part_by_less_than_whole_runs_differ_are_no_change():
+    before = copy.deepcopy(NOW)
+    before["latency"]["decode"]["speedup"] |= {"median": 1.55, "low": 1.53, "high": 1.57}  # now 1.48 to 1.52
+    assert outcomes(before)["latency.decode.speedup"] == "same"
+
+
+def test_an_unstable_measurement_is_neither_better_nor_worse():
+    before = copy.deepcopy(NOW)
+    before["latency"]["decode"]["speedup"] |= {"median": 3.0, "low": 2.9, "high": 3.1}
+    before["latency"]["decode"]["stable"] = False
+    assert outcomes(before)["latency.decode.speedup"] == "unclear"
+    assert outcomes(before)["latency.prefill.speedup"] == "same"
+
+
 def test_a_larger_engine_is_worse_and_a_smaller_perplexity_better():
     before = copy.deepcopy(NOW)
     before["size"]["ratio"] *= 0.99

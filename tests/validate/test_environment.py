@@ -25,3 +25,19 @@ def test_processor_time_of_this_process_is_part_of_everyones():
     own, everyone = after.own - before.own, after.everyone - before.everyone
     assert own > 0.1
     assert everyone > own - 0.1
+
+
+def test_gpus_are_as_nvidia_smi_says(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA L4, 570.1, 2040 MHz, 6251 MHz, 0x0'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert environment.describe().gpus == ("NVIDIA L4, 570.1, 2040 MHz, 6251 MHz, 0x0",)
+    program.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    assert environment.describe().gpus == ()
+
+
+def test_frequency_and_throttling_are_known_or_none():
+    frequency, throttled = environment.clock_frequency(), environment.throttle_count()
+    assert frequency is None or 100 < frequency < 10_000
+    assert throttled is None or throttled >= 0

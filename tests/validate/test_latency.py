@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tests.validate.toys import Ticking, clock
 from validate import stability
 from validate.latency import LatencyOptions, measure
 from validate.limits import Limit, check_interval
-from validate.stability import Load, judge, load_between
+from validate.stability import Clocks, Load, judge, load_between
 from validate.statistics import drift, median_interval, summarize
 
 QUICK = LatencyOptions(
@@ -30,7 +31,7 @@ def run(dense, compressed, **more):
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch):
     # What else runs on this machine must not decide these tests; the load check has its own.
-    monkeypatch.setattr("validate.latency.load_between", lambda *arguments: IDLE)
+    monkeypatch.setattr("validate.sampler.load_between", lambda *arguments: IDLE)
 
 
 def test_speedup_is_dense_over_compressed_with_an_interval_around_it():
@@ -43,6 +44,55 @@ def test_speedup_is_dense_over_compressed_with_an_interval_around_it():
     assert latency.decode.engines["compressed"].median == pytest.approx(0.010, rel=0.02)
     assert latency.decode.tokens_per_second("compressed") == pytest.approx(100, rel=0.02)
     assert latency.prefill.tokens_per_second("dense") == pytest.approx(16 / 0.3, rel=0.05)
+
+
+def test_a_prefill_ends_with_the_choice_of_the_first_token():
+    chosen = []
+
+    class Logits(np.ndarray):
+        def argmax(self, *arguments, **more):
+            chosen.append(self.shape)
+            return super().argmax(*arguments, **more)
+
+    class Watched(Ticking):
+        def run(self, *arguments, **more):
+            logits, cache = super().run(*arguments, **more)
+            return logits.view(Logits), cache
+
+    run(Watched("a", lambda: 0.01), Watched("b", lambda: 0.01))
+    assert set(chosen) == {(1, toys.VOCAB)}  # of the last position only
+
+
+def test_a_sweep_decodes_with_other_batch_sizes_and_decides_nothing():
+    class Batched(Ticking):
+        def run(self, input_ids, attention_mask=None, cache=None):
+            toys.TIME.now += 0.001 * len(input_ids) if cache is not None else 0.0
+            return super().run(input_ids, attention_mask, cache)
+
+    options = replace(QUICK, sweep=(2, 8), sweep_seconds=1.0)
+    engines = {"dense": Batched("a", lambda: 0.02), "compressed": Batched("b", lambda: 0.01)}
+    latency = measure(engines, options=options, clock=clock)
+    assert list(latency.sweep) == [2, 8]
+    assert [phase.tokens for phase in latency.sweep.values()] == [2, 8]
+    assert {phase.attempts for phase in latency.sweep.values()} == {1}
+    assert latency.sweep[8].tokens_per_second("compressed") == pytest.approx(8 / 0.018)
+    assert latency.sweep[8].speedup.median == pytest.approx(0.028 / 0.018)
+    assert run(Ticking("a", lambda: 0.01), Ticking("b", lambda: 0.01)).sweep == {}
+
+
+def test_times_on_a_gpu_are_judged_and_the_hosts_stand_beside_them():
+    class OnGpu(Ticking):
+        def run(self, *arguments, **more):
+            made = super().run(*arguments, **more)
+            self.gpu_seconds = self.seconds() / 2  # the rest is copying
+            return made
+
+    latency = run(OnGpu("a", lambda: 0.02), OnGpu("b", lambda: 0.01))
+    assert latency.decode.engines["dense"].median == pytest.approx(0.01)
+    assert latency.decode.host["dense"].median == pytest.approx(0.02)
+    mixed = run(OnGpu("a", lambda: 0.02), Ticking("b", lambda: 0.01))  # not comparable: the host's clock for both
+    assert mixed.decode.engines["dense"].median == pytest.approx(0.02)
+    assert mixed.decode.host == {}
 
 
 def test_engines_alternate_and_decode_always_starts_from_the_same_cache():
@@ -139,6 +189,28 @@ def test_a_limit_inside_the_interval_is_measured_again_and_both_runs_count():
     assert clear.decode.attempts == 1
 
 
+def test_a_regression_has_to_show_twice():
+    latency = run(Ticking("a", noisy(0.010, seed=1)), Ticking("b", noisy(0.012, seed=2)), thresholds={"decode": 0.95})
+    assert latency.decode.attempts == 2
+    assert "has to show twice" in latency.decode.repeated_because[0]
+    assert latency.decode.speedup.high < 0.95
+    assert latency.decode.gate.stable
+
+
+def test_measurements_that_contradict_each_other_decide_nothing():
+    now = {"measuring": ""}
+
+    def watched(items, description):
+        now["measuring"] = description
+        return items
+
+    engine = Ticking("b", lambda: 0.010 if now["measuring"] == "Measuring decode again" else 0.012)
+    latency = run(Ticking("a", lambda: 0.010), engine, thresholds={"decode": 0.95}, progress=watched)
+    assert latency.decode.attempts == 2
+    assert not latency.decode.gate.stable
+    assert latency.decode.gate.reasons[0].startswith("the two measurements contradict each other: 0.8")
+
+
 def busy(seconds, seed):
     """An engine on a machine where bursts of load, the same for all, make everything slower for a while."""
     random = np.random.default_rng(seed)
@@ -176,6 +248,7 @@ def test_a_tenth_slower_never_passes():
         (LatencyOptions(prefill_tokens=0), "prefill_tokens"),
         (LatencyOptions(decode_context=0), "decode_context"),
         (LatencyOptions(batch=0), "batch"),
+        (LatencyOptions(sweep=(2, 0)), "sweep"),
         (LatencyOptions(min_rounds=10, max_rounds=5), "min_rounds"),
     ],
 )
@@ -268,6 +341,15 @@ def test_load_counts_where_it_takes_the_cores_that_are_needed(load, stable):
     gate = judge({"dense": steady()}, None, load)
     assert gate.stable == stable
     assert stable or "other processes used" in gate.reasons[0]
+
+
+def test_throttling_makes_a_measurement_unstable_and_frequencies_alone_do_not():
+    slow = Clocks.of([3000.0, None, 2000.0], 7, 7)
+    assert (slow.low, slow.median, slow.high, slow.throttled) == (2000.0, 2500.0, 3000.0, 0)
+    assert judge({"dense": steady()}, None, IDLE, slow).stable
+    gate = judge({"dense": steady()}, None, IDLE, Clocks.of([3000.0], 7, 9))
+    assert gate.reasons == ("the processor slowed itself down for heat, 2 times",)
+    assert Clocks.of([None], None, None) == Clocks()
 
 
 def test_a_drifting_ratio_is_unstable_though_both_times_hold():

@@ -49,7 +49,7 @@ def test_the_documented_limits_file_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("max_perplexty_ratio: 1.4", ["unknown limit", "max_perplexty_ratio", "max_perplexity_ratio, min_prefill"]),
+        ("max_perplexty_ratio: 1.4", ["unknown limit", "max_perplexty_ratio", "max_perplexity_ratio, min_harness"]),
         ("max_size_ratio: {value: 1, why: x}", ["unknown limit", "max_size_ratio.why"]),
         ("max_size_ratio: {reason: x}", ["max_size_ratio"]),
         ("max_size_ratio: abc", ["max_size_ratio", "abc", "number"]),
@@ -128,3 +128,8 @@ def test_what_was_not_measured_is_inconclusive():
     result = not_measured("name", "path", Limit(value=1), "<=", "no dense engine was given")
     assert (result.outcome, result.value) == ("inconclusive", None)
     assert "no dense engine" in result.reason
+
+
+def test_a_value_is_shown_with_the_digits_that_decide():
+    reasons = [check_value("n", "p", value, Limit(value=1.4), "<=").reason for value in (1.3333333, 1.40001, 1.4)]
+    assert reasons == ["1.33 <= 1.4", "1.40001 is not <= 1.4", "1.4 <= 1.4"]

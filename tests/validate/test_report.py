@@ -119,11 +119,14 @@ def test_the_summary_is_one_table_of_text():
         ("compressed layers alone", "424.0 MB", "231.0 MB", "0.545×"),
         ("checkpoint", "538.0 MB", "345.1 MB", "0.641×"),
         ("resident memory", "–", "400.0 MB", "–"),
+        ("of it, mapped files", "–", "310.0 MB", "–"),
+        ("key-value cache, per token", "46.1 kB", "46.1 kB", "1.000×"),
         ("perplexity (16352 tokens)", "12.40 ± 0.61", "16.50 ± 0.61", "1.330× ± 0.012"),
-        ("prefill of 512 tokens", "600.00 ms", "625.00 ms", "0.96× as fast (0.94 to 0.98)"),
-        ("", "853.3 tokens/s", "819.2 tokens/s", ""),
-        ("decode after 128 tokens", "22.50 ms", "15.00 ms", "1.50× as fast (1.48 to 1.52)"),
-        ("", "44.4 tokens/s", "66.7 tokens/s", ""),
+        ("arc_easy, acc", "0.560 ± 0.035", "0.520 ± 0.035", "0.929× ± 0.020"),
+        ("first token, after a prompt of 512", "600.00 ms", "625.00 ms", "0.96× as fast (0.94 to 0.98)"),
+        ("prefill, tokens/s", "853.3", "819.2", ""),
+        ("next token, after 128", "22.50 ms", "15.00 ms", "1.50× as fast (1.48 to 1.52)"),
+        ("decode, tokens/s", "44.4", "66.7", ""),
     ]
     assert all(len(row) == len(SUMMARY_HEADER) for verdict in VERDICTS.values() for row in summary_table(verdict))
 
@@ -135,10 +138,12 @@ def test_report_md_reads_from_verdict_to_environment(tmp_path):
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
         "## Limits",
-        "## Numerics",
-        "## Where errors come from",
         "## Latency",
         "## Layers",
+        "## Where errors come from",
+        "## Numerics",
+        "## Zero-shot accuracy",
+        "## Build record",
         "## Environment",
     ]
     for line in (
@@ -152,10 +157,16 @@ def test_report_md_reads_from_verdict_to_environment(tmp_path):
         "Greedy generation: 93.8% of 64 tokens alike.",
         "Prompt 1 parts at token 28: 17 in PyTorch, 4 in the engine, 2e-06 apart: a near-tie.",
         "| decode, compressed | 15.00 ms | 14.70 ms | 15.75 ms | 15.15 ms | 2.0% | -0.4% | 2 |",
-        "Decode: stable. Other processes used 0.04 of 2 cores.",
+        "Decode: stable. Other processes used 0.04 of 2 cores. Clock 2600 MHz (2590 to 2610).",
+        "| 4 | 50.00 | 80.0 | 40.00 | 100.0 | 1.25× (1.20 to 1.30) |  |",
         "| model.layers.0.mlp.up_proj | 32 | 0.410 | 1.90 | 3.54 | 0.0830 |",
         "| processor | A Processor, 2 cores, of which this process may use 2 |",
         "| build record | engine.json |",
+        "| validation took | numerics 20 s, latency 60 s |",
+        "| model.layers.0.mlp.up_proj | 8.3e-02 | 2.0e-07 | 1.0e-07 | 3.0e-07 | 4.0e-07 | 2.0e-06 | 1.000000 |",
+        "| compression | method hassle_free, budget_in_params 0.5, mask_cost – |",
+        "| engine.onnx | 0.49 | 7d02d181cd55f62b |",
+        "| wikitext | word_perplexity | 24.0000 | 31.0000 | – | 10 |",
     ):
         assert line in text.splitlines(), line
 

@@ -24,7 +24,7 @@ QUICK = Options(
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch):
-    monkeypatch.setattr("validate.latency.judge", lambda *arguments: STABLE)
+    monkeypatch.setattr("validate.sampler.judge", lambda *arguments: STABLE)
 
 
 def everything(engine, **more):
@@ -36,12 +36,17 @@ def test_a_right_engine_passes_with_every_stage_run():
     limits = Limits(max_size_ratio=Limit(value=0.8))
     verdict = everything(toys.Toy(dtype=np.float32), sizes=SizeLedger(engine=Bytes(100, 70)), limits=limits)
     assert verdict.verdict == "passed"
-    assert verdict.results.skipped == {"attribution": "no way into the engine's layers was given"}
+    skipped = {
+        "attribution": "no way into the engine's layers was given",
+        "harness": "no tasks of lm-evaluation-harness were given",
+    }
+    assert verdict.results.skipped == skipped
+    assert verdict.results.seconds.keys() == {"numerics", "accuracy", "latency"}
     document = to_document(verdict)
     jsonschema.Draft202012Validator(schema()).validate(document)
     assert document["accuracy"]["perplexity_ratio"] > 0
     assert document["latency"]["decode"]["speedup"]["low"] > 0
-    assert document["nulls"] == {"attribution": "no way into the engine's layers was given"}
+    assert document["nulls"] == skipped
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,7 @@ def test_stages_without_their_material_are_skipped_with_a_reason():
     assert verdict.results.skipped == {
         "attribution": "no way into the engine's layers was given",
         "accuracy.dense": "no dense engine was given",
+        "harness": "no tasks of lm-evaluation-harness were given",
         "latency.dense": "no dense engine was given",
         "size": "the sizes of the engine and of a dense one were not both given",
     }

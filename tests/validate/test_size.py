@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -31,4 +33,20 @@ def test_memory_that_loading_takes_is_seen():
     loaded, grown = measure_memory(lambda: np.ones(size, np.uint8))
     assert loaded.nbytes == size
     # Pages of other things may come and go meanwhile: a few MiB.
-    assert 0.8 * size < grown < 1.5 * size
+    assert 0.8 * size < grown.resident < 1.5 * size
+    assert grown.mapped is None or grown.mapped < 0.5 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much of the memory is mapped files")
+def test_mapped_files_are_told_apart(tmp_path):
+    size = 64 * 2**20
+    (tmp_path / "weights").write_bytes(b"x" * size)
+
+    def load():
+        mapped = np.memmap(tmp_path / "weights", np.uint8, "r")
+        mapped.sum()
+        return mapped
+
+    _, grown = measure_memory(load)
+    assert 0.8 * size < grown.mapped <= 1.5 * size
+    assert grown.resident >= grown.mapped * 0.8

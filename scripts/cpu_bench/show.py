@@ -1,0 +1,94 @@
+"""The records as text, as a Markdown table, and as a plot."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cpu_bench.layers import Record
+from cpu_bench.models import ModelRecord
+
+
+def processor() -> str:
+    """Family and model as well as the name: clouds sell different processors under one name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{fields.get('model name')}, family {fields.get('cpu family')} model {fields.get('model')}"
+
+
+def record(row: dict[str, Any]) -> Record | ModelRecord:
+    """A record from a row of a --json file."""
+    kind = ModelRecord if "model" in row else Record
+    return kind(**{name: row[name] for name in kind.__dataclass_fields__})
+
+
+def lines(records: Sequence[Record | ModelRecord]) -> str:
+    """One line per engine, the fastest first, under a heading."""
+    first = records[0]
+    what = f"{first.n} x {first.k}" if isinstance(first, Record) else f"{first.model}, {first.phase}"
+    head = f"{what}, M = {first.m}, {first.threads} thread(s), read bandwidth {first.bandwidth / 1e9:.1f} GB/s"
+    rows = [head]
+    for row in sorted(records, key=lambda record: -record.ratio):
+        error = f"  error {row.error:.1e}" if isinstance(row, Record) and row.error is not None else ""
+        rows.append(
+            f"  {row.engine:12} {row.values:5} {row.how:36} {row.milliseconds:9.3f} ms {row.ratio:6.2f} x dense "
+            f"{row.share_of_bandwidth:5.0%} of bandwidth{error}"
+        )
+    return "\n".join(rows)
+
+
+def markdown(records: Sequence[Record | ModelRecord]) -> str:
+    """A table: a row per engine, a column per layer or phase, tokens and threads. The best of a column is bold."""
+    columns = list(dict.fromkeys(map(_column, records)))
+    engines = list(dict.fromkeys((row.engine, row.values, row.how) for row in records))
+    cells = {((row.engine, row.values, row.how), _column(row)): row.ratio for row in records}
+    best = {column: max(ratio for (_, there), ratio in cells.items() if there == column) for column in columns}
+    table = ["| engine | values | | " + " | ".join(columns) + " |", "|---|---|---|" + "---:|" * len(columns)]
+    for engine in engines:
+        shown = []
+        for column in columns:
+            ratio = cells.get((engine, column))
+            text = "" if ratio is None else f"{ratio:.2f}"
+            shown.append(f"**{text}**" if ratio == best[column] else text)
+        table.append("| " + " | ".join([*engine, *shown]) + " |")
+    return "\n".join(table)
+
+
+def _column(row: Record | ModelRecord) -> str:
+    what = f"{row.n}×{row.k} M={row.m}" if isinstance(row, Record) else row.phase
+    return f"{what}, {row.threads}T"
+
+
+def plot(records: Sequence[Record | ModelRecord], path: Path) -> None:
+    """Bars of ratios, a panel for each column of the table."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    columns = list(dict.fromkeys(map(_column, records)))
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    most = max(sum(_column(row) == column for row in records) for column in columns)
+    figure, axes = pyplot.subplots(down, across, figsize=(5.2 * across, (0.24 * most + 0.8) * down), squeeze=False)
+    for axis, column in zip(axes.flat, columns, strict=False):
+        rows = sorted((row for row in records if _column(row) == column), key=lambda row: row.ratio)
+        colours = ["#d1495b" if row.engine == "sslc" else "#8d99ae" for row in rows]
+        labels = [f"{row.engine} {row.values}, {row.how}" for row in rows]
+        bars = axis.barh(range(len(rows)), [row.ratio for row in rows], color=colours)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axis.set_yticks(range(len(rows)), labels, fontsize=7)
+        axis.axvline(1, color="black", linewidth=0.6)
+        axis.set_title(f"{column}: times as fast as dense f32", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12)
+    for axis in list(axes.flat)[len(columns) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
