@@ -82,6 +82,12 @@ class CompressRecipe(_Recipe):
     )
     calibration_tokens: int = Field(_DEFAULT.calibration_tokens, gt=0, description="tokens of calibration text")
     sequence_length: int = Field(_DEFAULT.sequence_length, gt=0, description="tokens of one calibration sequence")
+    refinement: int = Field(
+        _DEFAULT.refinement,
+        ge=0,
+        description="how many times each block is fitted as a whole to the dense model's hidden states on the "
+        "calibration text",
+    )
     tuning_minutes: float = Field(
         _DEFAULT.tuning_minutes,
         ge=0,
