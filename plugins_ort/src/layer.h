@@ -17,7 +17,7 @@ static constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 :
 static constexpr int64_t factor_size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 constexpr int64_t kBlock = 64;  // columns under one 64-bit word of the bitmap
-constexpr int64_t kPanel = 64;  // most rows per call of the many-token kernels
+constexpr int64_t kPanel = 128;  // most rows per call of the many-token kernels
 
 // A kernel may read this many bytes beyond the last value of a row: vector loads are whole.
 constexpr int64_t kOverread = 64;
