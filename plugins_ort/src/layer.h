@@ -103,8 +103,8 @@ struct Int8Kernels {
                int64_t M, float* y);
 };
 
-// What one instruction set provides for many tokens in 16 bits: of int8 values, and of bfloat16 values where it multiplies
-// pairs of them. Activations are x^T by pairs of columns, [K / 2, columns] of 32 bits, K padded to a multiple of 64.
+// What one instruction set provides for many tokens in 16 bits: of int8 values, and of bfloat16 values where it
+// multiplies pairs of them. Activations are x^T by pairs of columns, [K / 2, columns] of 32 bits, K padded to a multiple of 64.
 struct PairKernels {
   int64_t from;     // this many tokens or more; 0 if there are no such kernels
   int64_t columns;  // the widest tile, a multiple of 16
