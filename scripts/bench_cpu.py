@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"rank {shape.r} alone needs more than a budget of {shape.budget} of {shape.n} x {shape.k}")
     rounds = options.rounds or (7 if options.quick else 20)
 
+    began = time.monotonic()
     print(f"{show.processor()}; {os.cpu_count()} cores; onnxruntime {onnxruntime.__version__}; {rounds} rounds")
     records = []
     if options.model:
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             records += rows
             print(show.lines(rows), flush=True)
-    print(f"\n{show.markdown(records)}")
+    print(f"\n{show.markdown(records)}\n\n{time.monotonic() - began:.0f} s")
     if options.json:
         about = {"processor": show.processor(), "onnxruntime": onnxruntime.__version__, "rounds": rounds}
         rows_json = [asdict(record) | about for record in records]

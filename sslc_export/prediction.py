@@ -25,6 +25,7 @@ PREFILL_TOKENS = 512
 # avx2 and portable: as much less as their ratio to dense is below that of avx512 there.
 _DENSE_STREAM = 0.79
 _STREAM = {
+    "avx512_bf16": {"f32": 0.83, "bf16": 0.80, "int8": 0.82},
     "avx512": {"f32": 0.83, "bf16": 0.80, "int8": 0.82},
     "avx2": {"f32": 0.74, "bf16": 0.50, "int8": 0.50},
     "portable": {"f32": 0.14, "bf16": 0.06, "int8": 0.06},
@@ -32,6 +33,7 @@ _STREAM = {
 # Dense operations per second over ONNX Runtime's dense float32 ones, from 128 to 512 tokens, where half of the
 # parameters are kept (the same tables). f32 and bf16 compute on what is kept only, int8 on all of it.
 _COMPUTE = {
+    "avx512_bf16": {"f32": 1.37, "bf16": 1.39, "int8": 1.05},
     "avx512": {"f32": 1.37, "bf16": 1.39, "int8": 1.05},
     "avx2": {"f32": 0.87, "bf16": 0.80, "int8": 0.5},
     "portable": {"f32": 0.37, "bf16": 0.31, "int8": 0.2},

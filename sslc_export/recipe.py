@@ -114,7 +114,9 @@ class ValidateRecipe(_Recipe):
         None, gt=0, description="prompt length of the prefill measurement (default: 512, or what the model takes)"
     )
     latency_seconds: float = Field(
-        40.0, gt=0, description="time for all latency samples; noise may double it, never the number of rounds"
+        40.0,
+        gt=0,
+        description="time for the samples of prefill and decode; noise may double it, the batch sizes add a fifth",
     )
     batches: list[int] = Field(
         default_factory=lambda: [2, 4, 8],

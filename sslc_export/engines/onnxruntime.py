@@ -50,7 +50,7 @@ class OnnxRuntimeEngine:
         num_layers: Decoder blocks.
         kv_cache_bytes: Of one token of one sequence, in all layers.
         threads: Threads that one operator may use.
-        kernel: What runs the compressed layers: "avx512", "avx2" or "portable" for our kernel, "function" for the
+        kernel: What runs the compressed layers: one of `plugins_ort.library.KERNELS` for our kernel, "function" for the
             ONNX body, "none" if the model has no compressed layers.
         fallback_reason: Why `kernel` is "function", else None.
         kernel_layers: Layers that run in our kernel.
