@@ -33,7 +33,10 @@ def library_path() -> Path:
 
 
 def kernel_name() -> str:
-    """The instruction set that new layers use: "avx512", "avx2" or "portable".
+    """The instruction set that new layers use: "avx512_bf16", "avx512", "avx2" or "portable".
+
+    All give the same results but for "avx512_bf16", which rounds the activations of layers with bfloat16 values to
+    bfloat16 where there are many tokens; "avx512" does not.
 
     The best that the processor has, unless the environment variable `SSLC_KERNEL` names one.
 

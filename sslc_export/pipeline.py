@@ -50,6 +50,7 @@ _HARNESS_LENGTH = 2048  # tokens of a harness request, where the model can; what
 _EXPLAIN_TOKENS = 64
 _HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
 _INT8_TOLERANCE = 1e-3  # 2e-5 were seen in a layer, 2e-4 in the logits of tiny models; a fault is far above it
+_BF16_TOLERANCE = 2e-2  # 1.7e-3 is what rounding to bfloat16 does to a layer
 
 
 def export(recipe: ExportRecipe) -> int:
@@ -300,7 +301,7 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
             if reason := plans.why_not_executed():
                 return plans.unexecuted(reason, path, record, twin, limits)
         else:
-            limits = _limits_of_int8(limits, checkpoint)
+            limits = _limits_of_values(limits, checkpoint)
         with console.stage("validate"):
             model = compress.load(checkpoint, dtype=torch.float32)  # first: it verifies every tensor
             keep_decoded(model)
@@ -351,14 +352,22 @@ def _harness(checkpoint: Path, longest: int, recipe: ValidateRecipe) -> Scorer |
     return partial(evaluate, tokenizer=tokenizer, tasks=tasks, max_length=longest, progress=console.progress)
 
 
-def _limits_of_int8(limits: Limits, checkpoint: Path) -> Limits:
-    """The limits, with the tolerance of the kernel for int8 values where the model has some and the user gave none."""
+def _limits_of_values(limits: Limits, checkpoint: Path) -> Limits:
+    """The limits, with the tolerance of a kernel that rounds activations where the user gave none."""
     from compress.format import Checkpoint
+    from plugins_ort.library import kernel_name
     from validate.limits import Limit
 
-    if not any(layer.dtype == "I8" for layer in Checkpoint.open(checkpoint).layers.values()):
+    types = {layer.dtype for layer in Checkpoint.open(checkpoint).layers.values()}
+    if "I8" in types:
+        limit = Limit(value=_INT8_TOLERANCE, reason="the kernel for int8 values rounds activations to 16 bits")
+    elif "BF16" in types and kernel_name() == "avx512_bf16":
+        limit = Limit(
+            value=_BF16_TOLERANCE,
+            reason="the kernel avx512_bf16 rounds the activations of layers with bfloat16 values to bfloat16",
+        )
+    else:
         return limits
-    limit = Limit(value=_INT8_TOLERANCE, reason="the kernel for int8 values rounds activations to 16 bits")
     names = {"max_relative_l2", "max_layer_error"} - limits.model_fields_set
     return limits.model_copy(update=dict.fromkeys(names, limit))
 

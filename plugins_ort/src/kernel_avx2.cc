@@ -150,6 +150,6 @@ constexpr int tile_rows(int vectors) { return vectors == 1 ? 8 : vectors == 2 ? 
 
 }  // namespace
 
-extern const Kernels kAvx2 = kernels_named("avx2", 16, 9);
+extern const Kernels kAvx2 = kernels_named("avx2", 16, 13);
 
 }  // namespace sslc
