@@ -329,9 +329,9 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
 def _with_prediction(about: EngineRecord, checkpoint: Path, threads: int | None) -> EngineRecord:
     """What is known of an engine, with the speed that was to be expected of it on this machine."""
     from sslc_export.machine import measure_machine
-    from sslc_export.prediction import predict_checkpoint
+    from sslc_export.prediction import KERNELS, predict_checkpoint
 
-    if about.kernel not in ("avx512", "avx2", "portable"):
+    if about.kernel not in KERNELS:
         return about
     predicted = predict_checkpoint(checkpoint, measure_machine(threads))
     speedups = {"decode": predicted.decode_speedup, "prefill": predicted.prefill_speedup}

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 512
 
 # Share of the read bandwidth at one token, from the layer of 4096 × 4096 with half of the parameters kept and from
-# SmolLM2 (docs/prediction.md). avx2 and portable: as much less as their ratio to dense is below that of avx512
-# (docs/kernel-cpu.md). One thread of ONNX Runtime's dense MatMul leaves more of its bandwidth unused than two.
+# SmolLM2 (docs/prediction.md). avx512_bf16 was measured, and avx512 is the same at one token. avx2 and portable: as
+# much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md). One thread of ONNX Runtime's dense
+# MatMul leaves more of its bandwidth unused than two.
 _DENSE_STREAM, _DENSE_STREAM_THREADS = 0.79, 0.92
 _STREAM = {
+    "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68},
     "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68},
     "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42},
     "portable": {"f32": 0.14, "bf16": 0.06, "int8": 0.06},
@@ -33,10 +35,12 @@ _STREAM = {
 # Dense operations per second over ONNX Runtime's dense float32 ones, from 128 to 512 tokens, where half of the
 # parameters are kept (the same tables). f32 computes on what is kept only, the others on all of it.
 _COMPUTE = {
-    "avx512": {"f32": 1.25, "bf16": 1.6, "int8": 1.55},
+    "avx512_bf16": {"f32": 1.25, "bf16": 1.65, "int8": 1.55},
+    "avx512": {"f32": 1.25, "bf16": 1.31, "int8": 1.05},
     "avx2": {"f32": 0.87, "bf16": 0.80, "int8": 0.5},
     "portable": {"f32": 0.37, "bf16": 0.31, "int8": 0.2},
 }
+KERNELS = tuple(_STREAM)  # instruction sets that are known here
 # Everything but linear layers, in seconds of one thread: per block and token at decode, and per block, token and hidden
 # feature at prefill. From SmolLM2-135M (docs/prediction.md).
 _DECODE_REST = 90e-6
