@@ -43,7 +43,12 @@ class Importance:
 
 
 def measure(
-    source: Source, tokens: Tensor, scratch: Path, seed: int, progress: Progress = no_progress
+    source: Source,
+    tokens: Tensor,
+    scratch: Path,
+    seed: int,
+    progress: Progress = no_progress,
+    states: Path | None = None,
 ) -> dict[str, Importance]:
     """The importance of every linear layer of the decoder blocks, by full name.
 
@@ -53,8 +58,11 @@ def measure(
         scratch: Name of files for the hidden states before every block; removed at the end.
         seed: Of the drawn labels.
         progress: Wraps the loop over blocks.
+        states: Folder for what `load_state` reads; None if it is not wanted.
     """
     tokens, files = _first(tokens), []
+    if states:
+        states.mkdir(exist_ok=True)
     try:
         hidden, calls = embed(source, tokens, scratch)
         for index, (name, call) in enumerate(zip(source.blocks, calls, strict=True)):
@@ -70,6 +78,9 @@ def measure(
         for name, call, file in progress(order, "Measuring importance"):
             source.load_block(name)
             block = source.model.get_submodule(name)
+            if states:
+                flat = gradient.flatten(0, 1)
+                write_shard(_state_file(states, name), {"F": flat.T @ flat / len(flat)})
             inputs = torch.from_file(str(file), size=hidden.numel(), dtype=torch.float32).view(hidden.shape)
             found |= {f"{name}.{layer}": value for layer, value in _block(block, call, inputs, gradient).items()}
             block.to("meta")
@@ -94,6 +105,19 @@ def load(path: Path) -> dict[str, Importance]:
     tensors = {name: read_tensor(name, ref) for name, ref in read_header(path).items()}
     layers = {name.rpartition(".")[0] for name in tensors}
     return {name: Importance(tensors[f"{name}.outputs"], tensors[f"{name}.inputs"]) for name in layers}
+
+
+def load_state(states: Path, block: str) -> Tensor | None:
+    """The Fisher information F [d, d] of the hidden states after a block; None if it was not measured.
+
+    That is the mean over tokens of g·gᵀ, g the gradient there. A file for each, as all of them may be large.
+    """
+    path = _state_file(states, block)
+    return read_tensor("F", read_header(path)["F"]) if path.is_file() else None
+
+
+def _state_file(states: Path, block: str) -> Path:
+    return states / f"{block}.safetensors"
 
 
 def scratch_bytes(source: Source, tokens: Tensor) -> int:

@@ -65,6 +65,8 @@ class CompressOptions:
         calibration: Text files, folders of .txt files, or Hugging Face dataset names, mixed evenly.
         calibration_tokens: How many tokens of them are used; an eighth is held out to measure errors.
         sequence_length: Tokens per calibration sequence.
+        refinement: How many times each block, once its layers are solved, is fitted as a whole to the dense model's
+            hidden states on the calibration text (`compress.refinement`). 0 for never, and without text.
         tuning_minutes: How long the whole compressed model is tuned towards the dense one's predictions on more text
             from the calibration sources (`compress.tuning`). Needs both models in memory; the result depends on how
             far the machine gets. 0 for none.
@@ -88,6 +90,7 @@ class CompressOptions:
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 32768
     sequence_length: int = 512
+    refinement: int = 1
     tuning_minutes: float = 0.0
     seed: int = 0
     exclude: tuple[str, ...] = ()
@@ -119,6 +122,8 @@ class CompressOptions:
                 allowed="0",
                 do="Leave the tuning out, or store the values as bf16",
             )
+        if self.refinement < 0:
+            raise InputError("The refinement is negative", got=self.refinement, allowed="0 or more passes")
         if not 0 <= self.tuning_minutes < math.inf:
             raise InputError("The tuning time is out of range", got=self.tuning_minutes, allowed="0 minutes or more")
         if self.sequence_length < 2:

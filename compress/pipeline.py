@@ -1,8 +1,8 @@
 """From a dense folder to a compressed one, holding one decoder block at a time.
 
 Calibration is sequential: each block is solved on the hidden states that the compressed blocks before it produce, so
-that it sees, and can partly mend, their errors. Peak memory is one block, its Gram matrices and the hidden states of
-the calibration sequences, however many blocks there are.
+that it sees, and can partly mend, their errors. Peak memory is one block, its Gram matrices or what refining it needs,
+and the hidden states of the calibration sequences, however many blocks there are.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.architectures import linears
-from compress.blocks import LayerInputs, collect_inputs, embed, return_freed_memory, run, spilled_bytes
+from compress.blocks import spilled_bytes
 from compress.budget import LayerPlan
 from compress.calibration import fingerprint, hold_out, read_tokens
-from compress.folder import copy_companions, shard_name, write_config, write_index, write_json
+from compress.folder import copy_companions, write_config, write_index, write_json
 from compress.format import Progress, no_progress
 from compress.head import head_names, quantize_head
 from compress.importance import Importance, load, measure, save, scratch_bytes
-from compress.layer import LowRankSparseLinear
 from compress.options import METHODS, CompressOptions
 from compress.planning import plan_model, share_out, space_needed
 from compress.report import CompressReport, LayerReport
-from compress.shards import read_header, read_tensor, write_shard
-from compress.solve import compress_block
-from compress.source import Source, assign
+from compress.sequential import SPILL, STATES, compress_blocks, shard_names
+from compress.shards import write_shard
+from compress.source import Source
 from compress.tuning import TOKENS, forget, tune_folder
 from compress.work import ALGORITHM_VERSION, Work, source_hash
 from sslc_common.errors import InputError
@@ -38,7 +36,6 @@ from sslc_common.files import remove, require_space, writing
 
 REPORT = "compression_report.json"
 _IMPORTANCE = "importance.safetensors"
-_SPILL = "hidden_states.bin"
 
 
 def compress_model(
@@ -95,21 +92,23 @@ def compress_model(
     with writing(out), torch.no_grad():
         work = Work.begin(out, identity, options.overwrite)
         resumed = len(work.finished)
-        spilled = 0 if tokens is None else spilled_bytes(dense, tokens)
+        refining = tokens is not None and options.refinement > 0
+        spilled = 0 if tokens is None else (1 + refining) * spilled_bytes(dense, tokens)
         importance: dict[str, Importance] = {}
         seen = tokens[:solving] if tokens is not None and options.allocation == "fisher" else None
         if seen is not None:
             spilled = max(spilled, scratch_bytes(dense, seen))
+            spilled += refining * len(dense.blocks) * 4 * dense.model.config.hidden_size**2
         require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
         if seen is not None:
-            importance = _importance(work, dense, seen, options.seed, progress)
+            importance = _importance(work, dense, seen, options, progress)
             plans = share_out(dense, plans, importance, options)
-        _compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
+        compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
         rows = [row for block in work.finished for row in block]
         rest = {name: dense.read(name) for name in dense.outside_blocks()}
-        write_shard(work.folder / _shards(dense)[-1], rest)
+        write_shard(work.folder / shard_names(dense)[-1], rest)
         del rest
-        written = write_index(work.folder, _shards(dense))
+        written = write_index(work.folder, shard_names(dense))
         copy_companions(source, work.folder)
         write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
         if options.tuning_minutes:
@@ -117,8 +116,8 @@ def compress_model(
             tune_folder(work.folder, source, text, options.tuning_minutes, progress)
         head = None
         if options.head == "int8":  # after the tuning, which has no use for rounded weights
-            head = quantize_head(work.folder / _shards(dense)[-1], dense)
-            written = write_index(work.folder, _shards(dense))
+            head = quantize_head(work.folder / shard_names(dense)[-1], dense)
+            written = write_index(work.folder, shard_names(dense))
             compression = _compression_config([*rows, head], identity) | _embeddings(dense)
             write_config(work.folder, dense.checkpoint.config, compression)
         report = CompressReport(
@@ -136,6 +135,7 @@ def compress_model(
         )
         write_json(work.folder / REPORT, report.to_json())
         remove(work.folder / _IMPORTANCE)
+        remove(work.folder / STATES)
         forget(work.folder)
         work.publish(out)
     return report
@@ -212,71 +212,15 @@ def _tuning_text(source: Path, options: CompressOptions) -> Tensor:
     )
 
 
-def _importance(work: Work, source: Source, tokens: Tensor, seed: int, progress: Progress) -> dict[str, Importance]:
+def _importance(
+    work: Work, source: Source, tokens: Tensor, options: CompressOptions, progress: Progress
+) -> dict[str, Importance]:
     """The importance of every layer: measured, or what an interrupted run measured."""
     path = work.folder / _IMPORTANCE
     if not path.is_file():
-        save(path, measure(source, tokens, work.folder / _SPILL, seed, progress))
+        states = work.folder / STATES if options.refinement else None
+        save(path, measure(source, tokens, work.folder / SPILL, options.seed, progress, states))
     return load(path)
-
-
-def _compress_blocks(
-    work: Work,
-    source: Source,
-    plans: dict[str, LayerPlan],
-    importance: dict[str, Importance],
-    options: CompressOptions,
-    tokens: Tensor | None,
-    solving: int,
-    progress: Progress,
-) -> None:
-    """Compresses every block that is not finished, and writes its shard."""
-    spill, hidden = work.folder / _SPILL, None
-    try:
-        if tokens is not None:
-            hidden, calls = embed(source, tokens, spill)
-        for index, name in enumerate(progress(source.blocks, "Compressing blocks")):
-            shard = work.folder / _shards(source)[index]
-            block = source.model.get_submodule(name)
-            if index >= len(work.finished):
-                stored = source.load_block(name)
-                inputs: dict[str, LayerInputs] = {}
-                if hidden is not None:
-                    gram = METHODS[options.method].calibrated
-                    inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
-                rows = compress_block(block, name, stored, inputs, importance, plans, options)
-                write_shard(shard, stored)
-                work.finish_block(rows)
-                del inputs, stored
-            elif hidden is not None:
-                _load_finished(source, name, shard)
-            if hidden is not None:
-                run(block, calls[index], hidden)
-            block.to("meta")
-            return_freed_memory()
-    finally:
-        remove(spill)
-
-
-def _load_finished(source: Source, name: str, shard: Path) -> None:
-    """Puts a block that an earlier run finished into the skeleton, as `compress_block` left it."""
-    tensors = {key: read_tensor(key, ref) for key, ref in read_header(shard).items()}
-    for layer in linears(source.model.get_submodule(name)):
-        full = f"{name}.{layer}"
-        if f"{full}.bitmap" in tensors:
-            bitmap, values, U, V = (tensors.pop(f"{full}.{part}") for part in ("bitmap", "values", "U", "V"))
-            bias = tensors.pop(f"{full}.bias").float() if f"{full}.bias" in tensors else None
-            scales = tensors.pop(f"{full}.scales", None)
-            compressed = LowRankSparseLinear.from_parts(bitmap, values, U, V, bias, scales)
-            source.model.set_submodule(full, compressed)
-    for parameter, tensor in tensors.items():
-        assign(source.model, parameter, tensor.float())
-
-
-def _shards(source: Source) -> list[str]:
-    """Names of the shards: one per block, and the last for the rest."""
-    count = len(source.blocks) + 1
-    return [shard_name(index, count) for index in range(count)]
 
 
 def _embeddings(source: Source) -> dict[str, dict[str, str]]:

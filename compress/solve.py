@@ -1,22 +1,22 @@
-"""Solving the linear layers of one block by a method, within their plans."""
+"""Solving the linear layers of one block by a method, within their plans; then storing them."""
 
 from __future__ import annotations
 
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress import budget
-from compress.architectures import linear_shape, linears, output_rows
+from compress.architectures import linears, output_rows
 from compress.blocks import LayerInputs
 from compress.budget import LayerPlan
 from compress.importance import Importance
 from compress.int8 import round_to_int8
-from compress.layer import LowRankSparseLinear, pack
+from compress.layer import LowRankSparseLinear, pack, unpack, unpack_mask
 from compress.methods import (
     alps,
     cap,
@@ -35,6 +35,7 @@ from compress.methods import (
 from compress.options import VALUE_BYTES, CompressOptions
 from compress.report import LayerReport
 from compress.rules import MaskRule, parse_rule
+from compress.source import assign
 
 SOLVERS: dict[str, Any] = {
     "magnitude": magnitude.solve,
@@ -52,7 +53,26 @@ SOLVERS: dict[str, Any] = {
 _FACTOR_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
-def compress_block(
+@dataclass(frozen=True)
+class Solved:
+    """What is known of a layer between solving and storing it.
+
+    Attributes:
+        plan: What it holds; with a reason to stay dense, nothing was done.
+        weight: [N, K], dense, in its stored type.
+        seconds: Spent on solving it.
+        columns: [K], the mean square of its inputs; None without calibration.
+        mask_cost: See LayerReport.
+    """
+
+    plan: LayerPlan
+    weight: Tensor
+    seconds: float = 0.0
+    columns: Tensor | None = None
+    mask_cost: float | None = None
+
+
+def solve_block(
     block: nn.Module,
     name: str,
     stored: dict[str, Tensor],
@@ -60,25 +80,55 @@ def compress_block(
     importance: dict[str, Importance],
     plans: dict[str, LayerPlan],
     options: CompressOptions,
-) -> list[LayerReport]:
-    """Replaces the linear layers of a block by compressed ones, in the module and in `stored`."""
-    rows, value_bytes = [], VALUE_BYTES[options.values_dtype]
+) -> dict[str, Solved]:
+    """Replaces the linear layers of a block by compressed ones, in float32 whatever will be stored."""
+    solved, rule = {}, parse_rule(options.mask_rule)
     for layer, linear in linears(block).items():
         full = f"{name}.{layer}"
-        plan, (N, K) = plans[full], linear_shape(linear)
+        plan, weight = plans[full], output_rows(linear, stored[f"{full}.weight"])
+        if plan.dense_reason:
+            solved[layer] = Solved(plan, weight)
+            continue
+        if rule and plan.nnz > rule.most(*weight.shape):
+            plan = replace(plan, nnz=rule.most(*weight.shape))
+        began, W = time.perf_counter(), weight.float().contiguous()
+        gram = inputs[layer].gram if layer in inputs else None
+        rows_fisher = importance[full].outputs if full in importance else None
+        block.set_submodule(layer, _solve(full, W, linear.bias, gram, rows_fisher, plan, options))  # type: ignore[arg-type]
+        solved[layer] = Solved(
+            plan,
+            weight,
+            time.perf_counter() - began,
+            None if gram is None else gram.diagonal().clone(),
+            _mask_cost(W, gram, plan.nnz, rule) if rule else None,
+        )
+    return solved
+
+
+def store_block(
+    block: nn.Module,
+    name: str,
+    stored: dict[str, Tensor],
+    inputs: dict[str, LayerInputs],
+    solved: dict[str, Solved],
+    options: CompressOptions,
+) -> list[LayerReport]:
+    """Puts a block into its stored form, in the module and in `stored`, which holds the dense block's tensors."""
+    rows, value_bytes = [], VALUE_BYTES[options.values_dtype]
+    for layer, found in solved.items():
+        full, plan = f"{name}.{layer}", found.plan
         bias = stored.get(f"{full}.bias")
         bias_bytes = 0 if bias is None else bias.numel() * bias.itemsize
+        N, K = found.weight.shape
         dense = budget.dense_bytes(N, K, value_bytes, bias_bytes)
         if plan.dense_reason:
             rows.append(LayerReport(full, N, K, 0, N * K, dense, dense, dense_reason=plan.dense_reason))
             continue
-        rule = parse_rule(options.mask_rule)
-        if rule and plan.nnz > rule.most(N, K):
-            plan = replace(plan, nnz=rule.most(N, K))
-        began = time.perf_counter()
-        W = output_rows(linear, linear.weight).contiguous()  # type: ignore[arg-type]
-        rows_fisher = importance[full].outputs if full in importance else None
-        compressed = _solve(full, W, linear.bias, inputs.get(layer), rows_fisher, plan, options)  # type: ignore[arg-type]
+        del stored[f"{full}.weight"]
+        compressed = _to_stored(block.get_submodule(layer), found.columns, options.values_dtype)  # type: ignore[arg-type]
+        block.set_submodule(layer, compressed)
+        for part in ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",))):
+            stored[f"{full}.{part}"] = getattr(compressed, part)
         rows.append(
             LayerReport(
                 full,
@@ -88,15 +138,17 @@ def compress_block(
                 plan.nnz,
                 bytes=budget.stored_bytes(N, K, plan.nnz, plan.rank, value_bytes, bias_bytes),
                 dense_bytes=dense,
-                error=_held_out_error(W, compressed, inputs[layer].held_out) if layer in inputs else None,
-                seconds=time.perf_counter() - began,
-                mask_cost=_mask_cost(W, inputs.get(layer), plan.nnz, rule) if rule else None,
+                error=_held_out_error(found.weight.float(), compressed, inputs[layer].held_out)
+                if layer in inputs
+                else None,
+                seconds=found.seconds,
+                mask_cost=found.mask_cost,
             )
         )
-        del stored[f"{full}.weight"]
-        for part in ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",))):
-            stored[f"{full}.{part}"] = getattr(compressed, part)
-        block.set_submodule(layer, compressed)
+    for vector, parameter in list(block.named_parameters()):  # norms and biases, which refinement may have changed
+        if (dense_vector := stored.get(f"{name}.{vector}")) is not None and dense_vector.ndim == 1:
+            stored[f"{name}.{vector}"] = parameter.detach().to(dense_vector.dtype)
+            assign(block, vector, stored[f"{name}.{vector}"].float())
     return rows
 
 
@@ -104,12 +156,12 @@ def _solve(
     name: str,
     W: Tensor,
     bias: Tensor | None,
-    inputs: LayerInputs | None,
+    gram: Tensor | None,
     fisher: Tensor | None,
     plan: LayerPlan,
     options: CompressOptions,
 ) -> LowRankSparseLinear:
-    """One layer [N, K], its values as they will be stored.
+    """One layer [N, K] in float32.
 
     With F [N], `fisher`, the method sees diag(√F)·W: what it minimises over rows and columns is then weighted by how
     much the model's output depends on each output of the layer.
@@ -117,19 +169,26 @@ def _solve(
     with torch.random.fork_rng(devices=[]):
         # A seed for each layer, not one for the run: a resumed run draws the same numbers.
         torch.manual_seed(options.seed + zlib.crc32(name.encode()))
-        gram = None if inputs is None else inputs.gram
         scale = torch.ones(W.shape[0], 1) if fisher is None else _row_scale(fisher)
-        with masks.in_force(parse_rule(options.mask_rule)):
-            mask, S, U, V = SOLVERS[options.method](scale * W.detach(), gram, plan.nnz, plan.rank)
-    parts = (S / scale, U / scale, V)
-    for part in parts:
+        rule = parse_rule(options.mask_rule)
+        mask, S, U, V = SOLVERS[options.method](scale * W, gram, plan.nnz, plan.rank, rule)
+    S, U = S / scale, U / scale
+    for part in (S, U, V):
         if not torch.isfinite(part).all():
             raise ArithmeticError(f"{options.method} made values of {name} that are not finite")
-    S, U, V = (part.to(_FACTOR_DTYPES[options.values_dtype]).contiguous() for part in parts)
-    if options.values_dtype == "int8":
-        rounded, scales = round_to_int8(parts[0] * mask, None if gram is None else gram.diagonal())
-        return LowRankSparseLinear.from_parts(*pack(rounded, mask), U, V, bias, scales)
-    return LowRankSparseLinear.from_parts(*pack(S, mask), U, V, bias)
+    return LowRankSparseLinear.from_parts(*pack(S, mask), U.contiguous(), V.contiguous(), bias)
+
+
+def _to_stored(layer: LowRankSparseLinear, columns: Tensor | None, values_dtype: str) -> LowRankSparseLinear:
+    """A float32 layer with values, U and V of the types that are stored; `columns` are the weights of int8 rounding."""
+    U, V = (factor.detach().to(_FACTOR_DTYPES[values_dtype]) for factor in (layer.U, layer.V))
+    if values_dtype != "int8":
+        values = layer.values.detach().to(_FACTOR_DTYPES[values_dtype])
+        return LowRankSparseLinear.from_parts(layer.bitmap, values, U, V, layer.bias)
+    K = layer.in_features
+    rounded, scales = round_to_int8(unpack(layer.bitmap, layer.values.detach(), K), columns)
+    values = torch.masked_select(rounded, unpack_mask(layer.bitmap, K))
+    return LowRankSparseLinear.from_parts(layer.bitmap, values, U, V, layer.bias, scales)
 
 
 def _row_scale(fisher: Tensor) -> Tensor:
@@ -143,8 +202,8 @@ def _held_out_error(W: Tensor, layer: LowRankSparseLinear, X: Tensor) -> float:
     return float((X @ (W - layer.weight).T).norm()) / dense if dense else 0.0
 
 
-def _mask_cost(W: Tensor, inputs: LayerInputs | None, nnz: int, rule: MaskRule) -> float:
-    scores = W.detach().abs()
-    if inputs is not None and inputs.gram is not None:
-        scores = scores * linalg.input_norms(inputs.gram)
+def _mask_cost(W: Tensor, gram: Tensor | None, nnz: int, rule: MaskRule) -> float:
+    scores = W.abs()
+    if gram is not None:
+        scores = scores * linalg.input_norms(gram)
     return masks.cost(scores, nnz, rule)

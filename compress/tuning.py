@@ -2,7 +2,7 @@
 
     min KL(dense ‖ compressed)   on calibration text, by Adam; the mask stays as it is
 
-The one step that holds whole models in memory: the dense one, the compressed one with S dense, and for every trained
+The one step that holds whole models in memory: the dense one, the compressed one, and for every trained
 number its gradient and two moments. So it is for models of some hundred million parameters, and off by default.
 """
 
@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from compress import hf
 from compress.format import Progress, no_progress, require_finite
-from compress.layer import LowRankSparseLinear, unpack, unpack_mask
 from compress.shards import read_header, read_tensor, write_shard
+from compress.trainable import make_trainable
 from sslc_common.files import remove
 
 LEARNING_RATE = 4e-4
@@ -65,28 +65,6 @@ def forget(folder: Path) -> None:
     remove(folder / _TUNED)
 
 
-class _Trainable(nn.Module):
-    """A LowRankSparseLinear with S dense, as the operator has no gradient."""
-
-    def __init__(self, layer: LowRankSparseLinear) -> None:
-        super().__init__()
-        self.mask = unpack_mask(layer.bitmap, layer.in_features)
-        self.S = nn.Parameter(unpack(layer.bitmap, layer.values.float(), layer.in_features))
-        self.U, self.V = nn.Parameter(layer.U.float()), nn.Parameter(layer.V.float())
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Y [..., N] of X [..., K]."""
-        # Entries outside the mask are zero and have no gradient, so that Adam leaves them alone.
-        y = functional.linear(x, self.S * self.mask, self.bias)
-        return y + functional.linear(functional.linear(x, self.V), self.U) if self.U.shape[1] else y
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What was trained, as a checkpoint names it."""
-        bias = {} if self.bias is None else {"bias": self.bias}
-        return {"values": self.S[self.mask], "U": self.U, "V": self.V} | bias
-
-
 def tune(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,
@@ -108,11 +86,7 @@ def tune(
     """
     began = time.monotonic()
     compressed.requires_grad_(False)
-    layers = {n: _Trainable(m) for n, m in compressed.named_modules() if isinstance(m, LowRankSparseLinear)}
-    inside = tuple(f"{name}." for name in layers)
-    others = {n: p for n, p in compressed.named_parameters() if p.ndim == 1 and not n.startswith(inside)}
-    for name, layer in layers.items():
-        compressed.set_submodule(name, layer)
+    layers, others = make_trainable(compressed)
     trained = [*others.values(), *(p for layer in layers.values() for p in layer.parameters())]
     for parameter in trained:
         parameter.requires_grad_()

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from sslc_common.errors import InputError, MissingError
 
+# Instruction sets, the best first. avx512_bf16 is AVX-512 with VNNI and bfloat16 dot products.
+KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+
 _FOLDER = Path(__file__).resolve().parent
 _NAME = "libsslc_ort.dylib" if sys.platform == "darwin" else "libsslc_ort.so"
 _BUILD = "build it with `pip install .` (a C++17 compiler and CMake are needed)"
@@ -33,7 +36,7 @@ def library_path() -> Path:
 
 
 def kernel_name() -> str:
-    """The instruction set that new layers use: "avx512_bf16", "avx512", "avx2" or "portable".
+    """The instruction set that new layers use: one of `KERNELS`.
 
     All give the same results but for "avx512_bf16", which rounds the activations of layers with bfloat16 values to
     bfloat16 where there are many tokens; "avx512" does not.

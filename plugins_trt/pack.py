@@ -154,11 +154,11 @@ def choose_layout(bitmaps: Sequence[NDArray[np.int32]], in_features: int, *, int
             most64 = max(most64, int(mask.reshape(-1, 64).sum(1).max(initial=0)))
             stored[i] += int(mask.sum())
     weights = sum(len(bitmap) for bitmap in bitmaps) * in_features
-    rates = {"any": 15.8}
+    rates = {"any": 15.5}
     if most64 <= 32 and not int8:
         rates["bank32"] = 20.2
     if most16 <= 8:
-        rates["fixed8"] = 24.7
+        rates["fixed8"] = 25.0
     sizes = {
         layout: sum(
             sparse_bytes(layout, len(bitmap), in_features, n, int8=int8)

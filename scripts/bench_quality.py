@@ -4,10 +4,15 @@ r"""Bytes against perplexity: every method at the same budgets, beside ONNX Runt
     python scripts/bench_quality.py --model DIR --calibration wiki.train.txt --calibration speeches.train.txt \
         --held-out wiki=wiki.heldout.txt --held-out speeches=speeches.heldout.txt --json quality.json --plot quality.png
     python scripts/bench_quality.py ... --quick                one budget, few methods, few tokens
+    python scripts/bench_quality.py ... --methods default --mask-rule 2:4 --json quality.json      more rows
 
 `default` is what sslc-compress does when nothing is chosen. The other methods run as published: the same budget for
 every layer. All see the same calibration text. Perplexity ratios are paired over the same chunks; ± is one standard
 error. Records are appended to the JSON file as they come, and what is in it already is not measured again.
+
+Text of a third kind, of which the calibration saw nothing, comes with Python, its language reference:
+
+    python -c "from pydoc_data.topics import topics; print(*(topics[t] for t in sorted(topics)))" > python.txt
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packag
 # Share of the budget that goes to U and V, for the methods that make them. 1 is low rank alone.
 RANK_SHARES = {"oats": 0.25, "sslc": 0.1, "hassle_free": 0.1, "three_basil": 0.1, "cap": 0.1, "svd_llm": 1, "fwsvd": 1}
 QUICK_METHODS = ("default", "magnitude", "wanda", "alps")
-BITS = (8, 4)
+BITS = (8, 4, 2)  # what its quantizer takes (1.31): there is no 3
 QUANTIZED_BLOCK = 32  # weights that share a scale; ONNX Runtime's usual choice
 
 
@@ -38,7 +43,7 @@ class Record:
     """One method on one text.
 
     Attributes:
-        method: Its name; "default", "dense", or "ort_int8" and "ort_int4".
+        method: Its name, with the mask rule and the type of the values if chosen; "default", or "ort_int8" for 8 bits.
         budget: What was asked for.
         budget_in: "params" or "bytes".
         text: Name of the held-out text.
@@ -116,11 +121,14 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
     for unit in arguments.budget_in:
         for budget in arguments.budgets:
             for method in arguments.methods:
-                if (method, budget, unit) in done:
+                rule, dtype = arguments.mask_rule, arguments.values_dtype
+                label = " ".join([method, *([rule] if rule != "free" else []), *([dtype] if dtype != "f32" else [])])
+                if (label, budget, unit) in done:
                     continue
                 chosen: dict[str, Any] = {}
                 if method != "default":
-                    chosen = {"method": method, "allocation": "uniform", "rank_share": RANK_SHARES.get(method, 0.0)}
+                    share = RANK_SHARES.get(method, 0.0)
+                    chosen = {"method": method, "allocation": "uniform", "rank_share": share, "refinement": 0}
                 if method == "fwsvd":
                     chosen["allocation"] = "fisher"  # where its weights come from
                 options = CompressOptions(
@@ -128,6 +136,8 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
                     budget_in=unit,
                     calibration=tuple(arguments.calibration),
                     calibration_tokens=arguments.calibration_tokens,
+                    mask_rule=rule,
+                    values_dtype=dtype,
                     **chosen,
                 )
                 out = folder / "compressed"
@@ -136,7 +146,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
                 keep_decoded(model)
                 errors = [layer.error for layer in report.layers if layer.error is not None]
                 yield from records(
-                    method,
+                    label,
                     budget,
                     unit,
                     TorchEngine(model),
@@ -146,7 +156,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
                     seconds=report.seconds,
                 )
                 shutil.rmtree(out)
-    for bits in () if arguments.quick else BITS:
+    for bits in arguments.ort_bits:
         began = time.perf_counter()
         path, size, dense_size = _quantized(arguments.model, folder, bits)
         if (f"ort_int{bits}", size / dense_size, "bytes") in done:
@@ -242,7 +252,7 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    from compress.options import METHODS
+    from compress.options import METHODS, VALUE_BYTES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face folder")
@@ -251,15 +261,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=["default", *METHODS], help="default: all")
     parser.add_argument("--budgets", nargs="+", type=float, help="default: 0.7 0.6 0.5 0.4")
     parser.add_argument("--budget-in", nargs="+", choices=["params", "bytes"], default=["params"])
+    parser.add_argument("--mask-rule", default="free", help="for every method, as sslc-compress takes it")
+    parser.add_argument("--values-dtype", default="f32", choices=list(VALUE_BYTES), help="likewise")
     parser.add_argument("--calibration-tokens", type=int, default=49152)
     parser.add_argument("--tokens", type=int, default=16384, help="of each held-out text")
     parser.add_argument("--folder", type=Path, help="for temporary files, some 2 GB for SmolLM2")
     parser.add_argument("--json", type=Path, help="records; what is in it is not measured again")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--ort-bits", nargs="*", type=int, choices=BITS, help="of ONNX Runtime's quantization")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     arguments.methods = arguments.methods or (QUICK_METHODS if arguments.quick else ("default", *METHODS))
     arguments.budgets = arguments.budgets or ([0.5] if arguments.quick else [0.7, 0.6, 0.5, 0.4])
+    if arguments.ort_bits is None:
+        arguments.ort_bits = () if arguments.quick else BITS
     if arguments.quick:
         arguments.calibration_tokens, arguments.tokens = 8192, 4096
     return arguments

@@ -180,7 +180,7 @@ def table(costs: dict[str, dict[str, Cost]]) -> str:
     """Predicted speed-up over a dense half-precision layer that is bound by DRAM, as Markdown."""
     lines = [
         "PREDICTED from counted instructions; not run on a GPU. Speed-up over dense half precision, batch 1 to 8,",
-        "of the sparse part: U and V add 2r(N + K) bytes, and three launches per input (q, k, v: one) are not counted.",
+        "of the sparse part: U and V add 2r(N + K) bytes, and up to three launches per input are not counted.",
         "",
         "| layout | bytes/weight | weights/clk/SM (A100, H100, 4090) | " + " | ".join(GPUS) + " |",
         "|---" * (3 + len(GPUS)) + "|",

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 # Name, width and height in pixels, and whether by night.
-_SHOTS = (("report-light", 1000, 1420, False), ("report-dark", 1000, 1420, True), ("report-phone", 390, 1420, False))
+_SHOTS = (("report-light", 1000, 1250, False), ("report-dark", 1000, 1250, True), ("report-phone", 390, 1250, False))
 # Chromium makes no window narrower than 500 pixels, so the page is shown in a frame of its own.
 _FRAME = (
     '<!doctype html><meta charset="utf-8"><style>body {{margin: 0}} iframe {{border: 0; display: block}}</style>'

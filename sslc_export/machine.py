@@ -23,7 +23,7 @@ class Machine:
         bandwidth: Bytes per second that a loop reads that only reads.
         peak: Operations per second of ONNX Runtime's dense float32 MatMul with 512 tokens.
         threads: With how many threads both were measured.
-        kernel: What our kernel uses: "avx512_bf16", "avx512", "avx2" or "portable".
+        kernel: The instruction set that our kernel uses, one of `plugins_ort.library.KERNELS`.
     """
 
     bandwidth: float

@@ -98,3 +98,10 @@ def _convert_gguf(path: Path) -> Path:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
+
+
+def longest_sequence(checkpoint: Path) -> int:
+    """Most tokens that the model can take."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(checkpoint).max_position_embeddings)

@@ -40,7 +40,6 @@ _COMPUTE = {
     "avx2": {"f32": 0.87, "bf16": 0.80, "int8": 0.5},
     "portable": {"f32": 0.37, "bf16": 0.31, "int8": 0.2},
 }
-KERNELS = tuple(_STREAM)  # instruction sets that are known here
 # Everything but linear layers, in seconds of one thread: per block and token at decode, and per block, token and hidden
 # feature at prefill. From SmolLM2-135M (docs/prediction.md).
 _DECODE_REST = 90e-6

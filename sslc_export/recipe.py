@@ -82,6 +82,12 @@ class CompressRecipe(_Recipe):
     )
     calibration_tokens: int = Field(_DEFAULT.calibration_tokens, gt=0, description="tokens of calibration text")
     sequence_length: int = Field(_DEFAULT.sequence_length, gt=0, description="tokens of one calibration sequence")
+    refinement: int = Field(
+        _DEFAULT.refinement,
+        ge=0,
+        description="how many times each block is fitted as a whole to the dense model's hidden states on the "
+        "calibration text",
+    )
     tuning_minutes: float = Field(
         _DEFAULT.tuning_minutes,
         ge=0,
@@ -108,7 +114,9 @@ class ValidateRecipe(_Recipe):
         None, gt=0, description="prompt length of the prefill measurement (default: 512, or what the model takes)"
     )
     latency_seconds: float = Field(
-        40.0, gt=0, description="time for all latency samples; noise may double it, never the number of rounds"
+        40.0,
+        gt=0,
+        description="time for the samples of prefill and decode; noise may double it, the batch sizes add a fifth",
     )
     batches: list[int] = Field(
         default_factory=lambda: [2, 4, 8],

@@ -17,8 +17,10 @@ Outcome = Literal["better", "same", "worse", "unclear"]
 
 # Sizes and perplexities of a rebuild with the same seed are equal; across versions of torch they waver by less.
 _TOLERANCE = 0.002
-# An interval knows the noise inside a run. Where memory came to lie, and what the machine did, differ between runs.
-_BETWEEN_RUNS = 0.02
+# An interval knows the noise inside a run. Where memory came to lie, and what the machine did, differ between runs. Of
+# 324 pairs of stable runs of one engine, 15 % looked different where the intervals only had to part, 2 % where by 2 %,
+# 0.6 % where by 3 %, none where by 5 %; but there half of the engines that were a tenth slower went unnoticed.
+_BETWEEN_RUNS = 0.03
 
 
 @dataclass(frozen=True)

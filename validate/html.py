@@ -47,7 +47,8 @@ def _tiles(results: Results) -> str:
         for name, phase in (("decode", results.latency.decode), ("prefill", results.latency.prefill)):
             if phase.speedup:
                 interval = f"{phase.speedup.low:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{phase.speedup.high:.2f}"
-                tiles.append((name, f"{phase.speedup.median:.2f}×", f"as fast ({interval})"))
+                note = f"as fast ({interval})" + ("" if phase.gate.stable else ", unstable")
+                tiles.append((name, f"{phase.speedup.median:.2f}×", note))
     if results.accuracy and results.accuracy.ratio:
         ratio = results.accuracy.ratio
         error = f"±\N{NO-BREAK SPACE}{ratio.standard_error:.3f}"

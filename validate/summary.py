@@ -46,11 +46,13 @@ def summary_table(verdict: Verdict) -> list[tuple[str, str, str, str]]:
             ("compressed layers alone", size.layers),
             ("checkpoint", size.checkpoint),
             ("resident memory", size.memory),
-            ("of it, mapped files", size.mapped),
             ("memory on the GPU", size.gpu),
         )
         if both.dense is not None or both.compressed is not None
     ]
+    if size.mapped.compressed is not None:
+        # No ratio: runtimes copy dense weights, and what is mapped costs less than what is copied.
+        rows.append((*_bytes_row("of resident memory, mapped files", size.mapped)[:3], MISSING))
     if size.kv_cache.compressed is not None:
         rows.append(_bytes_row("key-value cache, per token", size.kv_cache, "kB", 1e3))
     if results.accuracy:

@@ -12,20 +12,23 @@ from torch import Tensor
 from compress.methods.linalg import damped, least_squares_on_support
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution, sparse_only
+from compress.rules import MaskRule
 
 ITERATIONS = 24
 RHO = 0.1  # The paper's first ρ, for a Gram matrix with a unit diagonal.
 LEAST_SQUARES = 10  # The paper's steps of conjugate gradients.
 
 
-def solve(W: Tensor, H: Tensor, nnz: int, rank: int, iterations: int = ITERATIONS) -> Solution:
+def solve(
+    W: Tensor, H: Tensor, nnz: int, rank: int, rule: MaskRule | None = None, iterations: int = ITERATIONS
+) -> Solution:
     """The paper's algorithm on min ‖(W − S)X‖² with nnz values in S; rank is not used."""
     H = damped(H)
-    S, mask = admm(W, H, nnz, iterations)
+    S, mask = admm(W, H, nnz, iterations, rule)
     return sparse_only(W, mask, least_squares_on_support(W, mask, S, H, LEAST_SQUARES))
 
 
-def admm(W: Tensor, H: Tensor, nnz: int, iterations: int) -> tuple[Tensor, Tensor]:
+def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None = None) -> tuple[Tensor, Tensor]:
     """S [N, K] with nnz values, and its mask, by ADMM: B is dense, S is sparse, both are pulled together.
 
     Args:
@@ -33,18 +36,19 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int) -> tuple[Tensor, Tenso
         H: [K, K], positive definite (see `damped`).
         nnz: Values of S.
         iterations: Each costs one [N, K]·[K, K] product.
+        rule: Of the mask.
     """
     d = H.diagonal().sqrt()
     eigenvalues, Q = torch.linalg.eigh(H / d / d[:, None])
     A = W * d
     AH = ((A @ Q) * eigenvalues) @ Q.T
-    mask = top_overall(A.abs(), nnz)
+    mask = top_overall(A.abs(), nnz, rule)
     S, dual, before, rho = A * mask, torch.zeros_like(A), mask, RHO
     inverse = (Q / (eigenvalues + rho)) @ Q.T
     for iteration in range(iterations):
         B = (AH - dual + rho * S) @ inverse
         target = B + dual / rho
-        mask = top_overall(target.abs(), nnz)
+        mask = top_overall(target.abs(), nnz, rule)
         S = target * mask
         dual += rho * (B - S)
         if iteration % 3 == 2:

@@ -13,11 +13,14 @@ from torch import Tensor
 from compress.methods.linalg import input_norms
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
+from compress.rules import MaskRule
 
 ITERATIONS = 10  # The paper takes 3 to 10.
 
 
-def solve(W: Tensor, H: Tensor, nnz: int, rank: int, iterations: int = ITERATIONS) -> Solution:
+def solve(
+    W: Tensor, H: Tensor, nnz: int, rank: int, rule: MaskRule | None = None, iterations: int = ITERATIONS
+) -> Solution:
     """Keeps the `rank` largest directions and the nnz largest entries of a robust PCA of W·D, D = diag(XXᵀ)^½.
 
     Entries are taken from what the kept directions leave of W: sparse entries that robust PCA shrank are whole again.
@@ -27,7 +30,7 @@ def solve(W: Tensor, H: Tensor, nnz: int, rank: int, iterations: int = ITERATION
     left, s, right = robust_pca(A, iterations) if rank else torch.linalg.svd(A, full_matrices=False)
     U, V = left[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * right[:rank]
     rest = A - U @ V
-    mask = top_overall(rest.abs(), nnz)
+    mask = top_overall(rest.abs(), nnz, rule)
     return Solution(mask, rest * mask / d, U, V / d)
 
 

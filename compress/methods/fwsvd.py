@@ -11,14 +11,15 @@ from torch import Tensor
 from compress.methods.linalg import low_rank
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
+from compress.rules import MaskRule
 
 
-def solve(W: Tensor, H: Tensor | None, nnz: int, rank: int) -> Solution:
+def solve(W: Tensor, H: Tensor | None, nnz: int, rank: int, rule: MaskRule | None = None) -> Solution:
     """Truncates W; H is not used.
 
     Values that are left over, too few for one more direction, go to the largest entries of the rest.
     """
     U, V = low_rank(W, rank)
     rest = W - U @ V
-    mask = top_overall(rest.abs(), nnz)
+    mask = top_overall(rest.abs(), nnz, rule)
     return Solution(mask, rest * mask, U, V)

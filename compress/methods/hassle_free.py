@@ -13,22 +13,23 @@ from torch import Tensor
 from compress.methods import alps
 from compress.methods.linalg import damped, least_squares_on_support, low_rank
 from compress.methods.solution import Solution
+from compress.rules import MaskRule
 
 TURNS = 2  # ADMM finds the mask anew in each.
 
 
-def solve(W: Tensor, H: Tensor, nnz: int, rank: int, turns: int = TURNS) -> Solution:
+def solve(W: Tensor, H: Tensor, nnz: int, rank: int, rule: MaskRule | None = None, turns: int = TURNS) -> Solution:
     """Turns of S ← ALPS(W − L) and L ← the best rank-r part of W − S, both for min ‖(W − S − L)X‖².
 
     With rank 0 this is ALPS.
     """
     if rank == 0:
-        return alps.solve(W, H, nnz, rank)
+        return alps.solve(W, H, nnz, rank, rule)
     H = damped(H)
     root = torch.linalg.cholesky(H)
     U, V = whitened_low_rank(W, root, rank)
     for _ in range(turns):
-        S, mask = alps.admm(W - U @ V, H, nnz, alps.ITERATIONS)
+        S, mask = alps.admm(W - U @ V, H, nnz, alps.ITERATIONS, rule)
         S = least_squares_on_support(W - U @ V, mask, S, H, alps.LEAST_SQUARES)
         U, V = whitened_low_rank(W - S, root, rank)
     return Solution(mask, least_squares_on_support(W - U @ V, mask, S, H, alps.LEAST_SQUARES), U, V)

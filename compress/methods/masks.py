@@ -1,11 +1,8 @@
-"""Choosing exactly k entries by score, under the mask rule that is in force."""
+"""Choosing exactly k entries by score, under a mask rule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -13,30 +10,18 @@ from torch import Tensor
 
 from compress.rules import MaskRule
 
-_IN_FORCE: ContextVar[MaskRule | None] = ContextVar("mask_rule", default=None)
 
-
-@contextmanager
-def in_force(rule: MaskRule | None) -> Iterator[None]:
-    """Every mask that a method chooses in the block obeys the rule; the methods themselves know nothing of it."""
-    token = _IN_FORCE.set(rule)
-    try:
-        yield
-    finally:
-        _IN_FORCE.reset(token)
-
-
-def top_overall(scores: Tensor, k: int) -> Tensor:
+def top_overall(scores: Tensor, k: int, rule: MaskRule | None = None) -> Tensor:
     """Bool [N, K] with exactly k entries: the largest of the whole matrix under the rule; ties go to the first."""
-    return _top(project(scores, _IN_FORCE.get()).reshape(1, -1), k).view(scores.shape)
+    return _top(project(scores, rule).reshape(1, -1), k).view(scores.shape)
 
 
-def top_per_row(scores: Tensor, k: int) -> Tensor:
+def top_per_row(scores: Tensor, k: int, rule: MaskRule | None = None) -> Tensor:
     """Bool [N, K] with exactly k entries: the largest of each row, every row having the same number, give or take one.
 
     Row n gets ⌊k(n+1)/N⌋ − ⌊kn/N⌋ of them, so that the rows with one more are spread evenly.
     """
-    N, scores = scores.shape[0], project(scores, _IN_FORCE.get())
+    N, scores = scores.shape[0], project(scores, rule)
     ends = torch.arange(N + 1) * k // N
     counts = ends[1:] - ends[:-1]
     mask = torch.empty(scores.shape, dtype=torch.bool)

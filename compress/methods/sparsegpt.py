@@ -11,11 +11,12 @@ from torch import Tensor
 from compress.methods.linalg import damped
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution, sparse_only
+from compress.rules import MaskRule
 
 BLOCK = 128  # B and B_s of the paper: columns whose mask is chosen at once.
 
 
-def solve(W: Tensor, H: Tensor, nnz: int, rank: int, block: int = BLOCK) -> Solution:
+def solve(W: Tensor, H: Tensor, nnz: int, rank: int, rule: MaskRule | None = None, block: int = BLOCK) -> Solution:
     """The paper's algorithm with adaptive mask selection; rank is not used.
 
     Each block of columns keeps its share of nnz, so that the total is exact. An entry's score is
@@ -30,7 +31,7 @@ def solve(W: Tensor, H: Tensor, nnz: int, rank: int, block: int = BLOCK) -> Solu
         end = min(start + block, K)
         kept = nnz * end // K - nnz * start // K
         columns, local = W[:, start:end].clone(), factor[start:end, start:end]
-        mask[:, start:end] = top_overall((columns / local.diagonal()).square(), kept)
+        mask[:, start:end] = top_overall((columns / local.diagonal()).square(), kept, rule)
         errors = torch.zeros_like(columns)
         for c in range(end - start):
             S[:, start + c] = columns[:, c] * mask[:, start + c]

@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.methods.linalg import damped, input_norms, least_squares_on_support, low_rank
 from compress.methods.masks import top_overall, top_per_row
 from compress.methods.solution import Solution
+from compress.rules import MaskRule
 
 ITERATIONS = 20
 PROTECTED = 0.01  # Share of the weights that is always kept, by |W|·d.
@@ -22,7 +23,13 @@ LEAST_SQUARES = 10  # Steps of conjugate gradients at the end; our addition.
 
 
 def solve(
-    W: Tensor, H: Tensor, nnz: int, rank: int, iterations: int = ITERATIONS, least_squares: int = LEAST_SQUARES
+    W: Tensor,
+    H: Tensor,
+    nnz: int,
+    rank: int,
+    rule: MaskRule | None = None,
+    iterations: int = ITERATIONS,
+    least_squares: int = LEAST_SQUARES,
 ) -> Solution:
     """Turns of L ← SVD_r(A − S) and S ← top-k of A − L per row, on A = W·d, d = √diag(XXᵀ), protected entries first.
 
@@ -30,13 +37,13 @@ def solve(
     """
     d = input_norms(H)
     A = W * d
-    protected = top_overall(A.abs(), min(math.floor(PROTECTED * A.numel()), nnz))
+    protected = top_overall(A.abs(), min(math.floor(PROTECTED * A.numel()), nnz), rule)
     S, mask = torch.zeros_like(A), protected
     U, V = low_rank(A, 0)
     for _ in range(iterations if rank else 1):
         U, V = low_rank(A - S, rank)
         rest = A - U @ V
-        mask = top_per_row(rest.abs().masked_fill_(protected, math.inf), nnz)
+        mask = top_per_row(rest.abs().masked_fill_(protected, math.inf), nnz, rule)
         S = rest * mask
     S, V = S / d, V / d
     if least_squares:

@@ -32,11 +32,11 @@ template <class Layout> struct Ring {
   const unsigned char* weights;  // all tiles
   const int32_t* offsets;        // where this warp's next tile starts and ends, in 16 bytes (layouts with a table only)
   unsigned char* ring;
-  int slot, lane, tile, left, start, end, filled = 0, read = 0;
+  int slot_bytes, lane, left, start, end, filled = 0, read = 0;
 
   // Tiles first, first + kWarps, ... < last of row tile `row`, which has `row_tiles` tiles.
-  SSLC_DEVICE Ring(const unsigned char* S, unsigned char* shared, int slot_bytes, size_t row, int row_tiles, int first, int last)
-      : weights(S), offsets(nullptr), ring(shared), slot(slot_bytes), lane(threadIdx.x % 32), tile(0), start(0), end(0) {
+  SSLC_DEVICE Ring(const unsigned char* S, unsigned char* shared, int slot, size_t row, int row_tiles, int first, int last)
+      : weights(S), offsets(nullptr), ring(shared), slot_bytes(slot), lane(threadIdx.x % 32), start(0), end(0) {
     left = last > first ? ceil_div(last - first, Layout::kWarps) : 0;
     if constexpr (Layout::kTileBytes == 0) {
       offsets = reinterpret_cast<const int32_t*>(S) + row * row_tiles + first;
@@ -52,7 +52,7 @@ template <class Layout> struct Ring {
     if (left > 0) {
       left--;
       unsigned char* to = ring + filled;
-      filled = filled + slot == Layout::kStages * slot ? 0 : filled + slot;
+      filled = after(filled);
       if constexpr (Layout::kTileBytes == 0) {
         const unsigned char* from = weights + static_cast<size_t>(start) * 16;
         const int chunks = end - start;
@@ -74,6 +74,12 @@ template <class Layout> struct Ring {
     commit_copies();
   }
 
+  // The slot behind the one at `at`.
+  SSLC_DEVICE int after(int at) const {
+    const int slot = Layout::kTileBytes ? Layout::kTileBytes : slot_bytes;  // a constant where it can be
+    return at + slot == Layout::kStages * slot ? 0 : at + slot;
+  }
+
   SSLC_DEVICE void fill() {
     SSLC_UNROLL for (int i = 0; i < Layout::kStages - 1; i++) issue();
   }
@@ -84,7 +90,7 @@ template <class Layout> struct Ring {
     __syncwarp();  // the other lanes' copies have landed too; and all lanes are done with the slot that is refilled
     issue();
     const unsigned char* at = ring + read;
-    read = read + slot == Layout::kStages * slot ? 0 : read + slot;
+    read = after(read);
     return at;
   }
 };

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         recipe = parse(ValidateCommand, argv, DESCRIPTION, EXAMPLES)
-        from sslc_export.pipeline import validate_only
+        from sslc_export.validation import validate_only
 
         return validate_only(recipe)
 

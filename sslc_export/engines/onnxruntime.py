@@ -50,8 +50,8 @@ class OnnxRuntimeEngine:
         num_layers: Decoder blocks.
         kv_cache_bytes: Of one token of one sequence, in all layers.
         threads: Threads that one operator may use.
-        kernel: What runs the compressed layers: "avx512_bf16", "avx512", "avx2" or "portable" for our kernel,
-            "function" for the ONNX body, "none" if the model has no compressed layers.
+        kernel: What runs the compressed layers: one of `plugins_ort.library.KERNELS` for our kernel, "function" for the
+            ONNX body, "none" if the model has no compressed layers.
         fallback_reason: Why `kernel` is "function", else None.
         kernel_layers: Layers that run in our kernel.
         dense_layers: Linear layers that are dense in the model, lm_head among them.

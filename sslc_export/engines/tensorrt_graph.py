@@ -10,7 +10,7 @@ float32, so this module writes a second graph in which
 - the cache is appended to outside of Attention;
 - logits are float32.
 
-Weights are read, packed and written one after the other: memory holds one layer, whatever the model's size.
+Weights are read, packed and written node by node: memory holds one node's layers, whatever the model's size.
 """
 
 from __future__ import annotations

@@ -30,9 +30,15 @@ def by_autograd(folder, tokens, seed):
 @pytest.mark.parametrize("tied", [False, True])
 def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens, family, tied):
     folder = save_tiny(tmp_path / "source", family, tie_word_embeddings=tied)
-    source = Source.open(folder)
+    source, states = Source.open(folder), tmp_path / "states"
     with torch.no_grad():
-        found = importance.measure(source, tokens, tmp_path / "spill", seed=3)
+        found = importance.measure(source, tokens, tmp_path / "spill", seed=3, states=states)
+    for name in source.blocks:
+        F = importance.load_state(states, name)
+        # A block's last layer writes straight to the hidden state after the block: one gradient for both.
+        last = list(linears(source.model.get_submodule(name)))[-1]
+        assert torch.allclose(F.diagonal(), found[f"{name}.{last}"].outputs, rtol=1e-4)
+        assert torch.equal(F, F.T)
     expected = by_autograd(folder, tokens, seed=3)
     assert found.keys() == expected.keys()
     for name, (x, squares) in expected.items():
@@ -41,7 +47,8 @@ def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens
         assert torch.allclose(found[name].outputs, outputs, rtol=1e-3, atol=1e-5 * float(outputs.max())), name
         inputs = x.square().mean(0)
         assert torch.allclose(found[name].inputs, inputs, rtol=1e-3, atol=1e-5 * float(inputs.max())), name
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert importance.load_state(states, "another") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "states"]
     assert all(parameter.is_meta for parameter in source.model.parameters())
 
 

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 import compress.hf  # teaches transformers to load compressed folders
-from compress import pipeline
-from compress.blocks import collect_inputs, embed
+from compress import sequential
+from compress.blocks import collect_inputs, embed, run
 from compress.calibration import hold_out
 from compress.format import Checkpoint
 from compress.layer import LowRankSparseLinear, keep_decoded
@@ -33,13 +33,13 @@ def logits(model, tokens):
 def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tokens, monkeypatch, family, values_dtype):
     """Hidden states that calibration saw after the last block are, bit for bit, those of the reloaded model."""
     source, out, last = save_tiny(tmp_path / "source", family), tmp_path / "out", []
-    original = pipeline.run
+    original = sequential.run
 
-    def run(block, call, hidden):
+    def watched(block, call, hidden):
         original(block, call, hidden)
         last[:] = [hidden.clone()]
 
-    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(sequential, "run", watched)
     report = compress_model(source, out, CompressOptions(values_dtype=values_dtype, **HALF), tokens=tokens)
     model = compress.load(out)
     compressed = [module for module in model.modules() if isinstance(module, LowRankSparseLinear)]
@@ -72,7 +72,7 @@ def test_blocks_run_one_by_one_are_the_model(tmp_path, tokens, family, dtype):
         hidden, calls = embed(source, tokens, tmp_path / "spill")
         for name, call in zip(source.blocks, calls, strict=True):
             source.load_block(name)
-            pipeline.run(source.model.get_submodule(name), call, hidden)
+            run(source.model.get_submodule(name), call, hidden)
     model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
     model.get_submodule(source.blocks[-1]).register_forward_hook(lambda _, __, y: seen.append(y))
     logits(model, tokens)
@@ -222,7 +222,7 @@ def test_a_full_budget_leaves_the_model_as_it_is(tmp_path, tiny_llama, tokens):
 
 def test_what_lies_outside_the_blocks_is_untouched(tmp_path, tokens):
     source = save_tiny(tmp_path / "source", "llama", torch.bfloat16)
-    compress_model(source, tmp_path / "out", CompressOptions(**HALF), tokens=tokens)
+    compress_model(source, tmp_path / "out", CompressOptions(refinement=0, **HALF), tokens=tokens)
     dense, compressed = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert torch.equal(dense.read(name), compressed.read(name))
@@ -234,7 +234,7 @@ def test_what_lies_outside_the_blocks_is_untouched(tmp_path, tokens):
 
 def test_biases_travel_with_their_layers(tmp_path, tokens):
     source = save_tiny(tmp_path / "source", "qwen2")
-    compress_model(source, tmp_path / "out", CompressOptions(**HALF), tokens=tokens)
+    compress_model(source, tmp_path / "out", CompressOptions(refinement=0, **HALF), tokens=tokens)
     dense, compressed = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
     bias = "model.layers.1.self_attn.k_proj.bias"
     assert dense.read(bias).abs().sum() > 0
@@ -387,7 +387,7 @@ def test_an_output_that_is_there_is_not_touched_unless_told(tmp_path, tiny_llama
 def test_what_was_done_before_is_not_done_again(tmp_path, tiny_llama, tokens, monkeypatch):
     options = CompressOptions(exclude=("*.q_proj",), **HALF)
     report = compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
-    monkeypatch.setattr(pipeline, "_compress_blocks", None)  # may not be called
+    monkeypatch.setattr("compress.pipeline.compress_blocks", None)  # may not be called
     assert compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens) == report
     with pytest.raises(InputError, match="exists already"):
         compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens.flip(1))

@@ -17,7 +17,6 @@ from plugins_ort import library
 from .layers import GuardedArray, RandomLayer, random_layer
 
 DTYPES = ("f32", "bf16", "int8")
-KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
 TOKENS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 96, 97, 130)
 SHAPES = (  # N, K, r
     (1, 1, 0),
@@ -35,12 +34,12 @@ SHAPES = (  # N, K, r
 
 def available() -> list[str]:
     lib = library.load()
-    found = [name for name in KERNELS if lib.sslc_set_kernel(name.encode()) == 0]
+    found = [name for name in library.KERNELS if lib.sslc_set_kernel(name.encode()) == 0]
     lib.sslc_set_kernel(b"")
     return found
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=library.KERNELS)
 def kernel(request: pytest.FixtureRequest) -> str:
     if request.param not in available():
         pytest.skip(f"this processor has no {request.param}")

@@ -13,7 +13,7 @@ def test_the_library_is_found_beside_its_module_and_knows_its_kernel(monkeypatch
     monkeypatch.delenv("SSLC_ORT_LIBRARY", raising=False)
     monkeypatch.delenv("SSLC_KERNEL", raising=False)
     assert library.library_path().parent == Path(library.__file__).parent
-    assert library.kernel_name() in ("avx512_bf16", "avx512", "avx2", "portable")
+    assert library.kernel_name() in library.KERNELS
 
 
 def test_another_place_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_library_older_than_the_source_is_refused(monkeypatch: pytest.MonkeyPa
         library.library_path()
 
 
-@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", library.KERNELS)
 def test_the_environment_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("SSLC_KERNEL", name)
     try:

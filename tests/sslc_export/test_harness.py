@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from scripts.bench_harness import TASK, questions, write_task
+from sslc_export.cli import export
+from validate.document import schema
 from validate.harness import evaluate, load_tasks
 from validate.harness_model import EngineLM
 
@@ -127,6 +132,32 @@ def test_scores_stand_beside_the_dense_engines_with_their_recovery(tiny, tasks, 
     alone = evaluate(dense, None, tokenizer, loaded, max_length=LENGTH)
     assert {score.recovery for score in alone.scores} == {None}
     assert alone.worst_recovery is None
+
+
+def test_the_command_scores_and_judges_by_the_harness(tiny_folder, text_file, tasks, tmp_path):
+    arguments = ["--model", str(tiny_folder), "--out", str(tmp_path / "engine.onnx"), "--threads", "1"]
+    arguments += ["--calibration", str(text_file), "--calibration-tokens", "2048", "--sequence-length", "128"]
+    arguments += [
+        "--held-out",
+        str(text_file),
+        "--held-out-tokens",
+        "2048",
+        "--latency-seconds",
+        "0.2",
+        "--batches",
+        "2",
+    ]
+    arguments += ["--harness-tasks", tasks["continuation"], "--harness-samples", "6", "--min-harness-recovery", "0.001"]
+    code = export.main(arguments)
+    verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
+    jsonschema.validate(verdict, schema())
+    assert [(score["task"], score["samples"]) for score in verdict["harness"]["scores"]] == [("continuation", 6)] * 2
+    limit = next(limit for limit in verdict["limits"] if limit["name"] == "min_harness_recovery")
+    recovery = verdict["harness"]["worst_recovery"]
+    # A random model answers some of six questions right, or none, when there is nothing to recover.
+    assert limit["outcome"] == ("inconclusive" if recovery is None else "passed" if recovery else "regression")
+    assert code == verdict["exit_code"]
+    assert "Zero-shot accuracy" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_logits_that_are_not_finite_make_every_score_nan(tiny, tasks):

@@ -6,9 +6,10 @@ import pytest
 
 from compress.options import CompressOptions
 from compress.pipeline import REPORT, compress_model
+from plugins_ort.library import KERNELS
 from sslc_export.cli.export import main
 from sslc_export.machine import Machine, measure_machine
-from sslc_export.prediction import HEADER, KERNELS, Part, Prediction, predict_build, predict_checkpoint
+from sslc_export.prediction import HEADER, Part, Prediction, predict_build, predict_checkpoint
 from tests.compress.models import save_tiny
 
 MACHINE = Machine(bandwidth=30e9, peak=200e9, threads=1, kernel="avx512_bf16")
@@ -63,7 +64,14 @@ def test_this_machine_is_measured():
     machine = measure_machine(1)
     assert 1e9 < machine.bandwidth < 1e12
     assert 1e9 < machine.peak < 1e13
-    assert machine.kernel in KERNELS
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("values", ["f32", "bf16", "int8"])
+def test_every_kernel_is_known(kernel, values):
+    machine = Machine(bandwidth=30e9, peak=200e9, threads=2, kernel=kernel)
+    assert large(values).decode(machine) > 0
+    assert large(values).prefill(machine) > 0
 
 
 def test_the_command_prints_a_table_and_writes_nothing(tiny_folder, tmp_path, capsys):

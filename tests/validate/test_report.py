@@ -119,7 +119,7 @@ def test_the_summary_is_one_table_of_text():
         ("compressed layers alone", "424.0 MB", "231.0 MB", "0.545×"),
         ("checkpoint", "538.0 MB", "345.1 MB", "0.641×"),
         ("resident memory", "–", "400.0 MB", "–"),
-        ("of it, mapped files", "–", "310.0 MB", "–"),
+        ("of resident memory, mapped files", "–", "310.0 MB", "–"),
         ("key-value cache, per token", "46.1 kB", "46.1 kB", "1.000×"),
         ("perplexity (16352 tokens)", "12.40 ± 0.61", "16.50 ± 0.61", "1.330× ± 0.012"),
         ("arc_easy, acc", "0.560 ± 0.035", "0.520 ± 0.035", "0.929× ± 0.020"),

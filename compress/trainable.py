@@ -1,0 +1,58 @@
+"""A compressed layer whose kept values, U, V and bias can be trained, as the operator itself has no gradient."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress.layer import LowRankSparseLinear, unpack_mask
+from compress.source import assign
+
+
+class TrainableLinear(nn.Module):
+    """A LowRankSparseLinear with float32 parameters; the mask stays as it is.
+
+    Args:
+        layer: With floating values.
+    """
+
+    def __init__(self, layer: LowRankSparseLinear) -> None:
+        super().__init__()
+        self.bitmap, self.shape = layer.bitmap, (layer.out_features, layer.in_features)
+        self.places = unpack_mask(layer.bitmap, layer.in_features).flatten().nonzero()[:, 0]
+        self.values = nn.Parameter(layer.values.float().clone())
+        self.U, self.V = nn.Parameter(layer.U.float().clone()), nn.Parameter(layer.V.float().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.float().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y [..., N] of X [..., K]."""
+        N, K = self.shape
+        S = self.values.new_zeros(N * K).scatter(0, self.places, self.values).view(N, K)
+        y = functional.linear(x, S, self.bias)
+        return y + functional.linear(functional.linear(x, self.V), self.U) if self.U.shape[1] else y
+
+    def compressed(self) -> LowRankSparseLinear:
+        """The layer as it is now."""
+        parts = self.tensors()
+        return LowRankSparseLinear.from_parts(self.bitmap, parts["values"], parts["U"], parts["V"], parts.get("bias"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was trained, as a checkpoint names it."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+
+def make_trainable(module: nn.Module) -> tuple[dict[str, TrainableLinear], dict[str, nn.Parameter]]:
+    """Replaces the compressed layers of a module by trainable ones.
+
+    Returns:
+        These by name, and what is trained beside them: every other vector, the norms and the biases of dense layers.
+    """
+    compressed = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LowRankSparseLinear)]
+    layers = {name: TrainableLinear(layer) for name, layer in compressed}
+    inside = tuple(f"{name}." for name in layers)
+    vectors = [name for name, p in module.named_parameters() if p.ndim == 1 and not name.startswith(inside)]
+    for name in vectors:  # copies: what is there may be mapped from a file
+        assign(module, name, module.get_parameter(name).detach().float().clone())
+    for name, layer in layers.items():
+        module.set_submodule(name, layer)
+    return layers, {name: module.get_parameter(name) for name in vectors}

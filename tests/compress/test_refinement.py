@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+import compress
+from compress import refinement
+from compress.format import Checkpoint
+from compress.options import CompressOptions
+from compress.pipeline import compress_model
+from sslc_common.errors import InputError
+from tests.compress.models import save_tiny
+
+HALF = {"budget": 0.5, "rank_share": 0.2}
+
+
+def divergence(dense, compressed, tokens):
+    with torch.no_grad():
+        wanted, got = (compress.load(folder)(tokens).logits.log_softmax(-1) for folder in (dense, compressed))
+    return float(torch.nn.functional.kl_div(got, wanted, reduction="batchmean", log_target=True))
+
+
+def tensors(folder):
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+@pytest.fixture
+def many_tokens():
+    return torch.randint(0, 97, (64, 32), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("values_dtype", ["f32", "int8"])
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
+def test_refined_blocks_are_nearer_to_the_dense_model_on_other_text(
+    tmp_path, many_tokens, family, values_dtype, allocation
+):
+    # With weights as small as usual, predictions are nearly uniform and there is nothing to recover.
+    source = save_tiny(tmp_path / "source", family, initializer_range=0.1)
+    options = {"values_dtype": values_dtype, "allocation": allocation, "budget": 0.7, "rank_share": 0.2}
+    for passes in (0, 30):
+        out = tmp_path / str(passes)
+        compress_model(source, out, CompressOptions(refinement=passes, **options), tokens=many_tokens[:48])
+        Checkpoint.open(out).verify()
+    plain, refined = (divergence(source, tmp_path / name, many_tokens[48:]) for name in ("0", "30"))
+    assert refined < 0.98 * plain
+
+
+def test_masks_ranks_and_what_stays_dense_are_not_touched_and_the_rest_is(tmp_path, tiny_llama, tokens):
+    options = {"exclude": ("*.q_proj",)} | HALF
+    for passes in (0, 5):
+        compress_model(tiny_llama, tmp_path / str(passes), CompressOptions(refinement=passes, **options), tokens=tokens)
+    before, after = tensors(tmp_path / "0"), tensors(tmp_path / "5")
+    # Later masks are found on what the refined blocks before them produce.
+    first = [name for name in before if ".layers.0." in name or ".layers." not in name]
+    fixed = ("bitmap", "q_proj.weight", "embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    for name in first:
+        if not before[name].numel():  # U and V of rank 0
+            continue
+        assert torch.equal(before[name], after[name]) == name.endswith(fixed), name
+
+
+def test_a_block_that_other_text_likes_less_is_as_it_was(tmp_path, tiny_llama, tokens, monkeypatch):
+    compress_model(tiny_llama, tmp_path / "plain", CompressOptions(refinement=0, **HALF), tokens=tokens)
+    monkeypatch.setattr(refinement, "LEARNING_RATE", 10.0)
+    compress_model(tiny_llama, tmp_path / "spoilt", CompressOptions(refinement=2, **HALF), tokens=tokens)
+    before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "spoilt")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_error_is_weighted_by_fisher_information():
+    F = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
+    root = refinement._root(F, 2)
+    shrunk = (1 - refinement.SHRINKAGE) * F + refinement.SHRINKAGE * F.diagonal().diag()
+    assert torch.allclose(root @ root.T, shrunk / 3 + 1e-3 * torch.eye(2))
+    for nothing in (None, torch.zeros(2, 2)):
+        assert torch.equal(refinement._root(nothing, 2), torch.eye(2))
+
+
+def test_a_negative_number_of_passes_is_refused():
+    with pytest.raises(InputError, match=r"refinement is negative.*-1"):
+        CompressOptions(refinement=-1)
