@@ -176,7 +176,7 @@ void PreparedLayer::forward_pairs(const PairKernels& kernels, const float* x, in
     for_ranges(parallel, r, std::max<int64_t>(round_up(r / 2, 16), 16), [&](int64_t begin, int64_t end) {
       kernels.project(layer_, begin, end, pairs, columns, t);
     });
-    for_ranges(parallel, N, std::max<int64_t>(round_up(N / 8, 64), 64), [&](int64_t begin, int64_t end) {
+    for_ranges(parallel, N, std::max<int64_t>(round_up(N / 8, 32), 32), [&](int64_t begin, int64_t end) {
       kernels.rows(layer_, begin, end, pairs, scales, t, columns, count, y + m * N);
     });
     m += count;

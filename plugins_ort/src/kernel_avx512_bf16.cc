@@ -14,13 +14,13 @@ namespace {
 struct Bf16Pairs {
   struct Lanes16 {
     using Sum = Vec;
+    static constexpr bool kScaled = false;
     static constexpr int kColumns = 2;
     static constexpr int64_t kRowBytes = 2 * kBlock;
     static Sum start(const float* c) { return load(c); }
     static Sum dot(Sum sum, Lanes w, Lanes x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
     static void finish(Sum sum, const float*, float* c) { store(c, sum); }
   };
-  static constexpr bool kScaled = false;
   static constexpr int kSize = 2;
 
   struct Token {

@@ -17,7 +17,7 @@ static constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 :
 static constexpr int64_t factor_size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 constexpr int64_t kBlock = 64;  // columns under one 64-bit word of the bitmap
-constexpr int64_t kPanel = 64;  // most rows per call of the many-token kernels
+constexpr int64_t kPanel = 128;  // most rows per call of the many-token kernels
 
 // A kernel may read this many bytes beyond the last value of a row: vector loads are whole.
 constexpr int64_t kOverread = 64;
@@ -103,8 +103,8 @@ struct Int8Kernels {
                int64_t M, float* y);
 };
 
-// What one instruction set provides for many tokens in 16 bits: of int8 values, and of bfloat16 values where it multiplies
-// pairs of them. Activations are x^T by pairs of columns, [K / 2, columns] of 32 bits, K padded to a multiple of 64.
+// What one instruction set provides for many tokens in 16 bits: of int8 values, and of bfloat16 values where it
+// multiplies pairs of them. Activations are x^T by pairs of columns, [K / 2, columns] of 32 bits, K padded to a multiple of 64.
 struct PairKernels {
   int64_t from;     // this many tokens or more; 0 if there are no such kernels
   int64_t columns;  // the widest tile, a multiple of 16

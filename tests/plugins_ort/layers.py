@@ -51,6 +51,12 @@ class RandomLayer:
         return y, bound
 
 
+def expected_of(layer: RandomLayer, x: np.ndarray, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+    """The output of one call in float64, and the largest error that this kernel may have."""
+    rounds = kernel == "avx512_bf16" and layer.element == 16 and len(x) >= 9  # bfloat16 dot products
+    return layer.reference(x, activations="bf16" if rounds else "f32")
+
+
 def bf16_bits(array: np.ndarray) -> np.ndarray:
     """The upper half of each float32, which is bfloat16 for values that fit."""
     return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from plugins_ort import library
 
-from .layers import GuardedArray, RandomLayer, random_layer
+from .layers import GuardedArray, RandomLayer, expected_of, random_layer
 
 DTYPES = ("f32", "bf16", "int8")
 TOKENS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 96, 97, 130)
@@ -89,12 +89,6 @@ def native(layer: RandomLayer, kernel: str) -> Iterator[NativeLayer]:
         layer_on_cpu.close()
 
 
-def expected(layer: RandomLayer, x: np.ndarray, kernel: str) -> tuple[np.ndarray, np.ndarray]:
-    """The output of one call in float64, and the largest error that this kernel may have."""
-    rounds = kernel == "avx512_bf16" and layer.element == 16 and len(x) >= 9  # bfloat16 dot products
-    return layer.reference(x, activations="bf16" if rounds else "f32")
-
-
 def inputs(M: int, K: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((M, K)).astype(np.float32)
 
@@ -107,7 +101,7 @@ def test_agrees_with_float64(kernel: str, dtype: str, N: int, K: int, r: int, de
     x = inputs(max(TOKENS), K)
     with native(layer, kernel) as run:
         for M in TOKENS:
-            y, bound = expected(layer, x[:M], kernel)
+            y, bound = expected_of(layer, x[:M], kernel)
             error = np.abs(run(x[:M]) - y)
             assert (error <= bound).all(), f"{M} tokens: {(error / bound).max():.1f} times the tolerance"
 
@@ -129,7 +123,7 @@ def test_any_layer_agrees_with_float64(
 ) -> None:
     layer = random_layer(N, K, r, density, dtype, seed)
     x = inputs(M, K, seed)
-    y, bound = expected(layer, x, kernel)
+    y, bound = expected_of(layer, x, kernel)
     with native(layer, kernel) as run:
         assert (np.abs(run(x, threads) - y) <= bound).all()
 
@@ -157,7 +151,7 @@ def test_empty_and_full_rows_lie_side_by_side(kernel: str, dtype: str, counts: l
     x = inputs(40, 200)
     with native(layer, kernel) as run:
         for M in (1, 4, 40):
-            y, bound = expected(layer, x[:M], kernel)
+            y, bound = expected_of(layer, x[:M], kernel)
             assert (np.abs(run(x[:M]) - y) <= bound).all()
 
 
@@ -166,7 +160,7 @@ def test_empty_and_full_rows_lie_side_by_side(kernel: str, dtype: str, counts: l
 def test_memory_that_an_earlier_call_left_behind_does_not_matter(kernel: str, dtype: str, M: int) -> None:
     layer = random_layer(20, 70, 5, 0.5, dtype)  # K and r are padded: the padding must not be NaN
     x = inputs(M, 70)
-    y, bound = expected(layer, x, kernel)
+    y, bound = expected_of(layer, x, kernel)
     with native(random_layer(20, 128, 64, 0.5, dtype), kernel) as other, native(layer, kernel) as run:
         assert np.isnan(other(np.full((M, 128), np.nan, np.float32))).all()
         assert (np.abs(run(x) - y) <= bound).all()
