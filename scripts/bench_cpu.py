@@ -10,8 +10,8 @@ How it measures: each engine holds several copies of its layer with different we
 and one run goes through all of them. The engines take turns in random order, so that a slow moment hits all; the ratio
 is the median over the turns of dense time / the engine's time, dense being ONNX Runtime's float32 MatMul. With one
 thread, time is CPU time, so that waiting for other programs does not count; with more it is wall time. All weights are
-in pages of the system's usual size. Read bandwidth is measured among the turns by a loop that only reads; the best pass
-counts. Ours keeps half of the parameters of W = S + U·V (--budget); the others have W dense.
+in pages of the system's usual size. Read bandwidth is measured in every turn by a loop that only reads, the best of
+three passes over 256 MiB. Ours keeps half of the parameters of W = S + U·V (--budget); the others have W dense.
 """
 
 from __future__ import annotations

@@ -21,27 +21,29 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 512
 
-# Share of the read bandwidth at one token: one thread, 4096 × 4096, half of the parameters kept (docs/kernel-cpu.md).
-# avx2 and portable: as much less as their ratio to dense is below that of avx512 there.
-_DENSE_STREAM = 0.79
+# Share of the read bandwidth at one token, from the layer of 4096 × 4096 with half of the parameters kept and from
+# SmolLM2 (docs/prediction.md). avx512_bf16 was measured, and avx512 is the same at one token. avx2 and portable: as
+# much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md). One thread of ONNX Runtime's dense
+# MatMul leaves more of its bandwidth unused than two.
+_DENSE_STREAM, _DENSE_STREAM_THREADS = 0.79, 0.92
 _STREAM = {
-    "avx512_bf16": {"f32": 0.83, "bf16": 0.80, "int8": 0.82},
-    "avx512": {"f32": 0.83, "bf16": 0.80, "int8": 0.82},
-    "avx2": {"f32": 0.74, "bf16": 0.50, "int8": 0.50},
+    "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68},
+    "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68},
+    "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42},
     "portable": {"f32": 0.14, "bf16": 0.06, "int8": 0.06},
 }
 # Dense operations per second over ONNX Runtime's dense float32 ones, from 128 to 512 tokens, where half of the
-# parameters are kept (the same tables). f32 and bf16 compute on what is kept only, int8 on all of it.
+# parameters are kept (the same tables). f32 computes on what is kept only, the others on all of it.
 _COMPUTE = {
-    "avx512_bf16": {"f32": 1.37, "bf16": 1.39, "int8": 1.05},
-    "avx512": {"f32": 1.37, "bf16": 1.39, "int8": 1.05},
+    "avx512_bf16": {"f32": 1.25, "bf16": 1.65, "int8": 1.55},
+    "avx512": {"f32": 1.25, "bf16": 1.31, "int8": 1.05},
     "avx2": {"f32": 0.87, "bf16": 0.80, "int8": 0.5},
     "portable": {"f32": 0.37, "bf16": 0.31, "int8": 0.2},
 }
 # Everything but linear layers, in seconds of one thread: per block and token at decode, and per block, token and hidden
 # feature at prefill. From SmolLM2-135M (docs/prediction.md).
-_DECODE_REST = 60e-6
-_PREFILL_REST = 12e-9
+_DECODE_REST = 90e-6
+_PREFILL_REST = 13e-9
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Part:
 
     def decode(self, machine: Machine) -> float:
         """Seconds for one token."""
-        share = _STREAM[machine.kernel][self.values] if self.values else _DENSE_STREAM
+        dense = _DENSE_STREAM if machine.threads == 1 else _DENSE_STREAM_THREADS
+        share = _STREAM[machine.kernel][self.values] if self.values else dense
         return self.bytes / (machine.bandwidth * share)
 
     def prefill(self, machine: Machine, tokens: int = PREFILL_TOKENS) -> float:
@@ -80,7 +83,7 @@ class Part:
         seconds = 2 * tokens * self.N * self.K / machine.peak
         if self.values is None:
             return seconds
-        work = 1.0 if self.values == "int8" else self.kept / 0.5
+        work = self.kept / 0.5 if self.values == "f32" else 1.0
         return seconds * work / _COMPUTE[machine.kernel][self.values]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from cpu_bench import onnx_runtime, peers
 from cpu_bench.contender import Contender
 from cpu_bench.layer import Layer, Shape
-from cpu_bench.timing import Bandwidth, turns
+from cpu_bench.timing import turns
 from plugins_ort import library
 
 # The README's shapes; r is what the paper and its successors take for layers of such sizes.
@@ -44,8 +44,8 @@ class Record:
         bytes: Of weights, read once per run.
         milliseconds: Median.
         ratio: Median over the rounds of ONNX Runtime's dense float32 time / this one's.
-        share_of_bandwidth: Bytes per second over what a loop that only reads reached in the same run.
-        bandwidth: That, in bytes per second.
+        share_of_bandwidth: Median over the rounds of bytes per second over what a loop reaches that only reads.
+        bandwidth: That, in bytes per second; median.
         error: ‖Y − X·Wᵀ‖ / ‖X·Wᵀ‖ in float64, the rounding of the weights included; None where W is not all there.
     """
 
@@ -91,10 +91,9 @@ def bench_layers(
         layer = Layer(shape)
         for count in threads:
             contenders = list(_contenders(layer, count, values, kernels, others, note))
-            bandwidth = Bandwidth(count)
             for m in tokens:
                 now = [c for c in contenders if "CSR" not in c.how or m <= _CSR_TOKENS]
-                yield _measure(layer, now, m, count, rounds if m <= _FEW else max(3, rounds // 3), bandwidth)
+                yield _measure(layer, now, m, count, rounds if m <= _FEW else max(3, rounds // 3))
             del contenders
             gc.collect()
 
@@ -126,17 +125,13 @@ def _contenders(
     yield from map(partial(peers.openvino, layer, threads), ("f32", "bf16", "int8", "int4"))
 
 
-def _measure(
-    layer: Layer, contenders: Sequence[Contender], m: int, threads: int, rounds: int, bandwidth: Bandwidth
-) -> list[Record]:
+def _measure(layer: Layer, contenders: Sequence[Contender], m: int, threads: int, rounds: int) -> list[Record]:
     x = np.random.default_rng(1).standard_normal((m, layer.shape.k), dtype=np.float32)
     exact = x.astype(np.float64) @ layer.W.T.astype(np.float64)
     runners = [contender.prepare(x) for contender in contenders]
-    seconds = turns([runner.run for runner in runners], rounds, threads, bandwidth)
-    seconds /= [contender.copies for contender in contenders]
+    times = turns([runner.run for runner in runners], rounds, threads)
     records = []
     for i, (contender, runner) in enumerate(zip(contenders, runners, strict=True)):
-        median = float(np.median(seconds[:, i]))
         error = float(np.linalg.norm(runner.result() - exact) / np.linalg.norm(exact))
         records.append(
             Record(
@@ -147,10 +142,10 @@ def _measure(
                 m=m,
                 threads=threads,
                 bytes=contender.bytes,
-                milliseconds=median * 1e3,
-                ratio=float(np.median(seconds[:, 0] / seconds[:, i])),
-                share_of_bandwidth=contender.bytes / median / bandwidth.best,
-                bandwidth=bandwidth.best,
+                milliseconds=times.median(i) / contender.copies * 1e3,
+                ratio=times.ratio(i) * contender.copies / contenders[0].copies,
+                share_of_bandwidth=times.share_of_bandwidth(i, contender.bytes * contender.copies),
+                bandwidth=float(np.median(times.bandwidth)),
                 error=None if "CSR" in contender.how else error,
             )
         )

@@ -14,7 +14,7 @@ import onnxruntime
 
 from compress.options import CompressOptions
 from compress.pipeline import compress_model
-from cpu_bench.timing import Bandwidth, turns
+from cpu_bench.timing import turns
 from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
 from sslc_export.lowering.lower import lower
 
@@ -38,8 +38,8 @@ class ModelRecord:
         bytes: Of all weights.
         milliseconds: Median of one call.
         ratio: Median over the rounds of the dense engine's time / this one's.
-        share_of_bandwidth: Bytes per second over what a loop that only reads reached in the same run.
-        bandwidth: That, in bytes per second.
+        share_of_bandwidth: Median over the rounds of bytes per second over what a loop reaches that only reads.
+        bandwidth: That, in bytes per second; median.
     """
 
     engine: str
@@ -108,7 +108,6 @@ def bench_model(
     for count in threads:
         engines = [OnnxRuntimeEngine(one.path, threads=count) for one in built]
         caches = [engine.run(ids[:, :_CONTEXT])[1] for engine in engines]
-        bandwidth = Bandwidth(count)
 
         def prompt(engine: OnnxRuntimeEngine) -> None:
             engine.run(ids)
@@ -123,7 +122,7 @@ def bench_model(
             "prefill": ([partial(prompt, engine) for engine in engines], 1, prefill, max(3, rounds // 3)),
         }
         for phase, (runs, calls, m, times) in phases.items():
-            seconds = turns(runs, times, count, bandwidth) / calls
+            measured = turns(runs, times, count)
             yield [
                 ModelRecord(
                     one.engine,
@@ -134,10 +133,10 @@ def bench_model(
                     m,
                     count,
                     bytes=(size := _bytes(one.path)),
-                    milliseconds=float(np.median(seconds[:, i]) * 1e3),
-                    ratio=float(np.median(seconds[:, 0] / seconds[:, i])),
-                    share_of_bandwidth=float(size / np.median(seconds[:, i]) / bandwidth.best),
-                    bandwidth=bandwidth.best,
+                    milliseconds=measured.median(i) / calls * 1e3,
+                    ratio=measured.ratio(i),
+                    share_of_bandwidth=measured.share_of_bandwidth(i, size * calls),
+                    bandwidth=float(np.median(measured.bandwidth)),
                 )
                 for i, one in enumerate(built)
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,32 +12,44 @@ from numpy.typing import NDArray
 from plugins_ort import library
 
 _AREA_BYTES = 256 << 20
+_PASSES = 3  # over that area in each round, of which the best counts
 _REST = 0.002  # seconds before each run, in which idle threads of the last one go to sleep
 
 
-class Bandwidth:
-    """Reads memory, and remembers how fast that was at best.
+@dataclass(frozen=True)
+class Times:
+    """What was measured in some rounds.
 
     Attributes:
-        best: Bytes per second.
+        seconds: [rounds, runs].
+        bandwidth: [rounds], bytes per second that a loop reads that only reads.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.best, self._threads = 0.0, threads
-        self._area = np.ones(_AREA_BYTES // 8, np.int64)
+    seconds: NDArray[np.float64]
+    bandwidth: NDArray[np.float64]
 
-    def measure(self) -> None:
-        """Reads once."""
-        clock = _clock(self._threads)
-        start = clock()
-        library.read_memory(self._area.ctypes.data, self._area.nbytes, self._threads)
-        self.best = max(self.best, self._area.nbytes / (clock() - start))
+    def median(self, run: int) -> float:
+        """Seconds of a run."""
+        return float(np.median(self.seconds[:, run]))
+
+    def ratio(self, run: int) -> float:
+        """How many times as fast as the first run; by round, then the median."""
+        return float(np.median(self.seconds[:, 0] / self.seconds[:, run]))
+
+    def share_of_bandwidth(self, run: int, size: int) -> float:
+        """Bytes per second of a run that reads so many, over what the loop reads; by round, then the median."""
+        return float(np.median(size / self.seconds[:, run] / self.bandwidth))
 
 
-def turns(runs: Sequence[Callable[[], object]], rounds: int, threads: int, bandwidth: Bandwidth) -> NDArray[np.float64]:
-    """Seconds [rounds, len(runs)] of each run, in random order in each round after one that does not count."""
-    clock = _clock(threads)
-    seconds = np.empty((rounds, len(runs)))
+def turns(runs: Sequence[Callable[[], object]], rounds: int, threads: int) -> Times:
+    """Times runs, in random order in each round, after one that does not count.
+
+    With one thread it is the process's CPU time, so that waiting for other programs does not count; with more it is
+    wall time.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
+    area = np.ones(_AREA_BYTES // 8, np.int64)
+    seconds, bandwidth = np.empty((rounds, len(runs))), np.empty(rounds)
     order = np.random.default_rng(0)
     for run in runs:
         run()
@@ -47,10 +60,10 @@ def turns(runs: Sequence[Callable[[], object]], rounds: int, threads: int, bandw
             start = clock()
             runs[i]()
             seconds[round_, i] = clock() - start
-        bandwidth.measure()
-    return seconds
-
-
-def _clock(threads: int) -> Callable[[], float]:
-    """With one thread the process's CPU time, so that waiting for other programs does not count; else wall time."""
-    return time.process_time if threads == 1 else time.perf_counter
+        passes = []
+        for _ in range(_PASSES):
+            start = clock()
+            library.read_memory(area.ctypes.data, area.nbytes, threads)
+            passes.append(clock() - start)
+        bandwidth[round_] = area.nbytes / min(passes)
+    return Times(seconds, bandwidth)
