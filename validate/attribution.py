@@ -302,7 +302,7 @@ def _some_rows(X: np.ndarray) -> np.ndarray:
 
 def _lowering_fault(name: str, error: float, different: Sequence[str]) -> Finding:
     if different:
-        verb = "is" if len(different) == 1 else "are"
+        verb = "are" if len(different) > 1 or different[0] in ("values", "scales") else "is"
         why = f"its {' and '.join(different)} in the engine {verb} not the checkpoint's"
     else:
         why = "the operator's ONNX body does not compute what the PyTorch layer does, on the same weights"

@@ -7,7 +7,9 @@ budget speaks of, stands beside it and is never called the ratio.
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,16 +94,25 @@ class Memory:
 def measure_memory(load: Callable[[], T]) -> tuple[T, Memory]:
     """Calls `load` and measures by how many bytes the memory of this process grew.
 
-    `load` should run one forward pass too: mapped weights take no memory before they are touched.
+    `load` should run one forward pass too: mapped weights take no memory before they are touched. What was freed is not
+    counted.
     Freed memory that the process already had is used again unseen, so measure in a fresh process, or the smaller first.
     """
     gc.collect()
     before = _memory()
     loaded = load()
     gc.collect()
+    _give_back()
     after = _memory()
     mapped = None if before.mapped is None or after.mapped is None else max(0, after.mapped - before.mapped)
     return loaded, Memory(max(0, after.resident - before.resident), mapped)
+
+
+def _give_back() -> None:
+    """Returns to the system what the C library keeps for later: 60 to 200 MB after a model of 538 MB, by chance."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc has it, musl does not
+        trim(0)
 
 
 def _memory() -> Memory:

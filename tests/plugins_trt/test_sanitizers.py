@@ -33,7 +33,7 @@ def small_stacks(M: int, *, late: bool = True, real_threads: bool = True) -> lis
         K = 200 if M > 64 and real_threads else (1100 if real_threads or i % 2 else 5100)
         outs, ranks = ((20,), (20,)) if i % 2 == 0 else ((20,), (200,))
         if layout == "fixed8":
-            outs, ranks = (20, 7), (20, 70)
+            outs, ranks = (20, 7), (20, 200)
         stacks.append(random_stack(i, outs, K, ranks, M, rule=rule, int8=int8, **options))
     return stacks
 

@@ -139,8 +139,21 @@ def test_a_wrong_weight_is_blamed_on_its_layer_and_named(fault, tmp_path):
     layer, _, tensor = name.rpartition(".")
     first = attributed(model, path).first
     assert (first.layer, first.stage, first.phase) == (layer, "lowering", "alone")
-    assert first.explanation == f"its {tensor} in the engine is not the checkpoint's"
+    verb = "are" if tensor == "values" else "is"
+    assert first.explanation == f"its {tensor} in the engine {verb} not the checkpoint's"
     assert not logits_error(model, path) <= DEFAULT_RELATIVE_L2  # NaN too
+
+
+def test_wrong_scales_of_int8_values_are_blamed_on_their_layer(tmp_path):
+    model = lowered("llama", dtype=torch.int8)
+    path = broken(model, tmp_path, weight(model, f"{GATE}.scales", lambda scales: scales * 1.25))
+    reference = TorchProbe(load(model.folder, dtype=torch.float32))
+    limit = 1e-3  # the kernel for int8 values rounds activations to 16 bits
+    right = attribute(reference, OnnxRuntimeProbe(model.path, reference, threads=1), TEXT, limit=limit).first
+    first = attribute(reference, OnnxRuntimeProbe(path, reference, threads=1), TEXT, limit=limit).first
+    assert right is None
+    assert (first.layer, first.stage) == (GATE, "lowering")
+    assert first.explanation == "its scales in the engine are not the checkpoint's"
 
 
 def test_a_square_v_that_is_transposed_is_blamed_on_its_layer(tmp_path):

@@ -55,7 +55,7 @@ def test_a_plan_is_built_and_the_verdict_says_that_it_was_not_executed(built):
     jsonschema.validate(verdict, schema())
     assert verdict["verdict"] == "inconclusive"
     assert {s["what"]: s["reason"] for s in verdict["skipped"]} == dict.fromkeys(
-        ("numerics", "attribution", "accuracy", "latency"), NOT_EXECUTED
+        ("numerics", "attribution", "accuracy", "harness", "latency"), NOT_EXECUTED
     )
     assert verdict["engine"]["kernel_layers"] == 21
     assert verdict["size"]["ratio"] > 0
