@@ -43,8 +43,10 @@ def test_engines_compute_what_pytorch_does(tmp_path, family, values):
     reference, step = TorchEngine(load(folder, torch.float32)), np.array([[3], [5]])
     logits, cache = reference.run(IDS)
     next_logits, _ = reference.run(step, None, cache)
-    # The kernel rounds activations to 16 bits for int8 values (2e-4 were seen in tiny models); the body does not.
-    for engine, tolerance in (("none", 1e-5), ("auto", 1e-3)):
+    # The kernel rounds activations to 16 bits for int8 values (2e-4 were seen in tiny models), one to bfloat16 for bf16
+    # values; the body does not.
+    rounded = 0.02 if values == "bf16" and library.kernel_name() == "avx512_bf16" else 1e-3
+    for engine, tolerance in (("none", 1e-5), ("auto", rounded)):
         engine = OnnxRuntimeEngine(report.path, library=engine, threads=1)
         got, its_cache = engine.run(IDS)
         assert relative_l2(got, logits) < tolerance
