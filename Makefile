@@ -28,13 +28,19 @@ $(VENV)/.plugin: $(VENV)/.ready scripts/plugin.sh $(PLUGIN)
 $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh $(NATIVE)
 	@sh scripts/setup.sh
 
+# What only the tests need. It brings a dozen packages with it.
+$(VENV)/.harness: $(VENV)/.ready
+	@echo "setup: lm-evaluation-harness, for the tests"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt lm_eval
+	@touch $@
+
 demo: setup
 	@$(VENV)/bin/python scripts/demo.py
 
-test: setup
+test: setup $(VENV)/.harness
 	@$(VENV)/bin/python -m pytest -m "not slow"
 
-test-slow: setup
+test-slow: setup $(VENV)/.harness
 	@$(VENV)/bin/python -m pytest -m slow
 
 lint: setup

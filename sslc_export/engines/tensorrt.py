@@ -1,7 +1,8 @@
 """Builds TensorRT engines from lowered models.
 
 TensorRT-RTX builds for GPUs that are not there (sm_80, 86, 89, 120); TensorRT builds for the GPU it finds. No timing
-takes part in what TensorRT-RTX writes on a machine without a GPU, and the same model gives the same bytes.
+takes part in what TensorRT-RTX writes on a machine without a GPU, and the same model gives the same bytes. TensorRT
+times kernels; what it measured is kept in the cache folder, so that the next build on the same GPU chooses the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 from plugins_trt import library
 from sslc_common.errors import InputError, MissingError
 from sslc_common.files import atomic_path, require_space, sha256
+from sslc_export.cache import cache_folder
 from sslc_export.engines import tensorrt_builder
 from sslc_export.engines.tensorrt_graph import PluginNode, choose_layouts, load, rewrite
 from sslc_export.engines.tensorrt_size import PlanSize, count, predict
@@ -142,6 +144,7 @@ def build(
                 "type": type,
                 "shapes": asdict(shapes),
                 "targets": targets,
+                "timing_cache": str(cache_folder() / "tensorrt-timing.cache"),
             }
             (folder / "job.json").write_text(json.dumps(job))
             steady, built = _run_builder(folder, trt.__name__)

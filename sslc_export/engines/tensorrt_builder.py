@@ -20,6 +20,7 @@ from typing import Any
 
 from plugins_trt import library
 from sslc_common.errors import InputError, MissingError, UserError
+from sslc_common.files import atomic_path
 
 _MODULES = ("tensorrt_rtx", "tensorrt")
 _INSTALL = (
@@ -82,9 +83,13 @@ def build_plan(job: dict[str, Any], model: Path) -> tuple[memoryview, list[Any]]
             config.set_compute_capability(capability, i)
     if job["nodes"]:
         config.plugins_to_serialize = [str(plugin)]
+    if trt.__name__ == "tensorrt":  # in TensorRT-RTX, which times nothing, timing caches do nothing
+        take_timing_cache(config, Path(job["timing_cache"]))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(f"{trt.__name__} {trt.__version__} built no engine: {log.text()}")
+    if trt.__name__ == "tensorrt":
+        keep_timing_cache(config, Path(job["timing_cache"]))
     return memoryview(plan), profiles
 
 
@@ -113,6 +118,21 @@ def require_plugin_layers(trt: ModuleType, network: Any, nodes: dict[str, list[i
         if [(o.dtype, o.shape[-1]) for o in outputs] != [(wanted, N) for N in out_features]:
             got = ", ".join(f"{o.dtype} {tuple(o.shape)}" for o in outputs)
             raise RuntimeError(f"layer {name} gives {got}; {wanted} and {out_features} columns expected")
+
+
+def take_timing_cache(config: Any, path: Path) -> None:
+    """Gives a builder the times of kernels that earlier builds measured, if they were of this GPU and TensorRT."""
+    measured = path.read_bytes() if path.is_file() else b""
+    for content in (measured, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+
+
+def keep_timing_cache(config: Any, path: Path) -> None:
+    """Keeps the times for the next build."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def _profiles(trt: ModuleType, network: Any, shapes: dict[str, int]) -> list[dict[str, list[list[int]]]]:

@@ -360,3 +360,41 @@ def test_running_a_plan_without_a_gpu_says_that_it_was_built_only(tmp_path, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingError, match="cannot be executed here: no CUDA device"):
         TensorRTEngine(tmp_path / "engine.plan")
+
+
+class TimingConfig:
+    """What TensorRT's builder configuration does with timing caches: it refuses those of another GPU."""
+
+    def __init__(self):
+        self.cache = None
+
+    def create_timing_cache(self, content):
+        return None if content == b"damaged" else SimpleNamespace(serialize=lambda: content + b" and more")
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        if cache.serialize().startswith(b"another GPU") and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, b" and more"),
+        (b"measured", b"measured and more"),
+        (b"damaged", b" and more"),
+        (b"another GPU's", b" and more"),
+    ],
+)
+def test_times_of_kernels_are_kept_for_the_next_build_on_the_same_gpu(tmp_path, before, after):
+    path, config = tmp_path / "cache" / "timing.cache", TimingConfig()
+    if before is not None:
+        path.parent.mkdir()
+        path.write_bytes(before)
+    tensorrt_builder.take_timing_cache(config, path)
+    tensorrt_builder.keep_timing_cache(config, path)
+    assert path.read_bytes() == after
