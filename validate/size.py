@@ -95,10 +95,10 @@ def measure_memory(load: Callable[[], T]) -> tuple[T, Memory]:
     """Calls `load` and measures by how many bytes the memory of this process grew.
 
     `load` should run one forward pass too: mapped weights take no memory before they are touched. What was freed is not
-    counted.
-    Freed memory that the process already had is used again unseen, so measure in a fresh process, or the smaller first.
+    counted. Freed memory that the process could not give back is used again unseen, so measure in a fresh process.
     """
     gc.collect()
+    _give_back()
     before = _memory()
     loaded = load()
     gc.collect()

@@ -19,6 +19,9 @@ from tests.tiny_models import DENSE_FAMILIES, FAMILIES, VOCABULARY, lowered
 
 # The limit. Measured: 1e-7 to 4e-7, a few roundings of float32 sums in another order.
 TOLERANCE = 1e-5
+# Kernels that round activations to 16 bits: by 2e-5 of their root mean square for int8 values, and where there are
+# bfloat16 dot products by up to 2e-3 of each for bfloat16 values and many tokens. The body rounds nothing.
+ROUNDED = {"int8 values": 2e-4, "bfloat16 weights, compressed": 5e-3}
 
 
 def tokens(batch, length, seed=0):
@@ -136,8 +139,7 @@ def test_variants_agree_with_pytorch(variant):
     family, options = VARIANTS[variant]
     model = lowered(family, **{k: v if not isinstance(v, dict) else FrozenDict(v) for k, v in options.items()})
     for library in ("auto", "none"):
-        # The kernel of int8 values rounds activations to 16 bits: 2e-5 of their root mean square in each layer.
-        tolerance = 2e-4 if variant == "int8 values" and library == "auto" else TOLERANCE
+        tolerance = ROUNDED.get(variant, TOLERANCE) if library == "auto" else TOLERANCE
         assert_agree(OnnxRuntimeEngine(model.path, library=library), model.torch_engine(), tolerance)
 
 
