@@ -152,14 +152,14 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
             limits = plans.limits_of(limits, record["tensorrt"])
             if reason := plans.why_not_executed():
                 return plans.unexecuted(reason, path, record, twin, limits)
-        else:
-            limits = _limits_of_values(limits, checkpoint)
         with console.stage("validate"):
             model = compress.load(checkpoint, dtype=torch.float32)  # first: it verifies every tensor
             keep_decoded(model)
             opened = (plans.open_engines if path.suffix == ".plan" else _open_engines)(
                 path, record, twin, recipe.threads
             )
+            if path.suffix != ".plan":
+                limits = _limits_of_values(limits, checkpoint, opened.about.kernel)
             return validate(
                 opened.engine,
                 dense=opened.dense,
@@ -205,16 +205,15 @@ def _harness(checkpoint: Path, longest: int, recipe: ValidateRecipe) -> Scorer |
     return partial(evaluate, tokenizer=tokenizer, tasks=tasks, max_length=longest, progress=console.progress)
 
 
-def _limits_of_values(limits: Limits, checkpoint: Path) -> Limits:
+def _limits_of_values(limits: Limits, checkpoint: Path, kernel: str | None) -> Limits:
     """The limits, with the tolerance of a kernel that rounds activations where the user gave none."""
     from compress.format import Checkpoint
-    from plugins_ort.library import kernel_name
     from validate.limits import Limit
 
     types = {layer.dtype for layer in Checkpoint.open(checkpoint).layers.values()}
     if "I8" in types:
         limit = Limit(value=_INT8_TOLERANCE, reason="the kernel for int8 values rounds activations to 16 bits")
-    elif "BF16" in types and kernel_name() == "avx512_bf16":
+    elif "BF16" in types and kernel == "avx512_bf16":
         limit = Limit(
             value=_BF16_TOLERANCE,
             reason="the kernel avx512_bf16 rounds the activations of layers with bfloat16 values to bfloat16",

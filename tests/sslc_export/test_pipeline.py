@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from plugins_ort.library import kernel_name
+from sslc_common.errors import MissingError
 from sslc_export.cli import compress, export, validate
 from validate.document import schema
 
@@ -88,6 +89,23 @@ def test_values_of_fewer_bits_pass_with_a_tolerance_of_their_own(tiny_folder, te
         rounds = kernel_name() == "avx512_bf16"
         assert limits[name]["limit"] == (1e-3 if dtype == "int8" else 2e-2 if rounds else 1e-5)
         assert limits[name]["outcome"] == "passed"
+
+
+def test_bfloat16_values_without_the_library_are_judged_by_the_body(tiny_folder, text_file, tmp_path, monkeypatch):
+    out = tmp_path / "engine.onnx"
+    arguments = ["--model", str(tiny_folder), "--out", str(out), *CALIBRATION, "--calibration", str(text_file)]
+    assert export.main([*arguments, "--values-dtype", "bf16", *QUICK, "--skip-validation"]) == 0
+
+    def missing():
+        raise MissingError("The kernel library is not here", do="Build it")
+
+    monkeypatch.setattr("plugins_ort.library.library_path", missing)
+    monkeypatch.setattr("plugins_ort.library.kernel_name", missing)
+    assert validate.main(["--engine", str(out), *QUICK, "--held-out", str(text_file)]) in (0, 4)
+    verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
+    assert verdict["engine"]["kernel"] == "function"
+    limits = {limit["name"]: (limit["limit"], limit["outcome"]) for limit in verdict["limits"]}
+    assert limits["max_relative_l2"] == (1e-5, "passed")
 
 
 def test_a_missed_limit_is_a_regression(built, tiny_folder, text_file, tmp_path):
