@@ -40,6 +40,7 @@ VALUE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 BUDGET_UNITS = ("bytes", "params")
 ALLOCATIONS = ("fisher", "uniform")
 HEADS = ("keep", "int8")
+TUNED = ("all", "factors")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class CompressOptions:
         tuning_minutes: How long the whole compressed model is tuned towards the dense one's predictions on more text
             from the calibration sources (`compress.tuning`). Needs both models in memory; the result depends on how
             far the machine gets. 0 for none.
+        tuning_of: "all": kept values, U, V, biases and norms. "factors": U and V alone, as the paper.
         seed: Of the choice of text and of the randomized SVD.
         exclude: Patterns (`*.mlp.down_proj`, fnmatch) of layers that stay dense.
         overwrite: Replace an existing output, and drop interrupted work that was begun with other options.
@@ -92,6 +94,7 @@ class CompressOptions:
     sequence_length: int = 512
     refinement: int = 1
     tuning_minutes: float = 0.0
+    tuning_of: str = "all"
     seed: int = 0
     exclude: tuple[str, ...] = ()
     overwrite: bool = False
@@ -103,6 +106,7 @@ class CompressOptions:
         _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
         _one_of("Treatment of the head", self.head, HEADS)
+        _one_of("What is tuned", self.tuning_of, TUNED)
         parse_rule(self.mask_rule)
         if self.rank_share is not None and not 0 <= self.rank_share <= 1:
             raise InputError("The rank share is out of range", got=self.rank_share, allowed="0 ≤ rank_share ≤ 1")

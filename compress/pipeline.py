@@ -113,7 +113,7 @@ def compress_model(
         write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
         if options.tuning_minutes:
             text = tokens[:solving] if tokens is not None and not options.calibration else _tuning_text(source, options)
-            tune_folder(work.folder, source, text, options.tuning_minutes, progress)
+            tune_folder(work.folder, source, text, options.tuning_minutes, options.tuning_of, progress)
         head = None
         if options.head == "int8":  # after the tuning, which has no use for rounded weights
             head = quantize_head(work.folder / shard_names(dense)[-1], dense)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.blocks import BlockCall, batches, block_output
-from compress.trainable import make_trainable
+from compress.trainable import fast_products, make_trainable
 
 LEARNING_RATE = 6e-4
 WARM_UP = 5  # steps
@@ -107,8 +107,7 @@ def _mean_error(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tens
 
 def _error(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tensor, root: Tensor) -> Tensor:
     """What is minimised, over some sequences [n, L, d], with F = R·Rᵀ and R = `root`."""
-    # bfloat16 products are about twice as fast where the CPU has them; parameters and hidden states are float32.
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("avx512_bf16"))):
+    with fast_products():
         outputs = block_output(block(inputs, *call.args, **call.kwargs))
     wrong = ((outputs.float() - targets) @ root).square().sum(-1)
     size = targets.square().sum(-1)

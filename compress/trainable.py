@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -56,3 +57,11 @@ def make_trainable(module: nn.Module) -> tuple[dict[str, TrainableLinear], dict[
     for name, layer in layers.items():
         module.set_submodule(name, layer)
     return layers, {name: module.get_parameter(name) for name in vectors}
+
+
+def fast_products() -> torch.autocast:
+    """bfloat16 products, about twice as fast, where the CPU has them; parameters and hidden states stay float32.
+
+    Elsewhere they are emulated, and a hundred times as slow as float32.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("avx512_bf16")))

@@ -2,6 +2,8 @@
 
     min KL(dense ‖ compressed)   on calibration text, by Adam; the mask stays as it is
 
+or U and V alone, which is what the paper tunes.
+
 The one step that holds whole models in memory: the dense one, the compressed one, and for every trained
 number its gradient and two moments. So it is for models of some hundred million parameters, and off by default.
 """
@@ -21,20 +23,21 @@ from transformers import PreTrainedModel
 from compress import hf
 from compress.format import Progress, no_progress, require_finite
 from compress.shards import read_header, read_tensor, write_shard
-from compress.trainable import make_trainable
+from compress.trainable import fast_products, make_trainable
+from sslc_common.errors import InputError
 from sslc_common.files import remove
 
 LEARNING_RATE = 4e-4
 WARM_UP = 10  # steps
 LAST = 0.05  # The rate falls along a cosine to this share.
 SEQUENCES_PER_STEP = 2
-
-
 TOKENS = 1 << 18  # Of text, at most; longer tuning goes through it again.
 _TUNED = "tuned.safetensors"
 
 
-def tune_folder(folder: Path, source: Path, tokens: Tensor, minutes: float, progress: Progress = no_progress) -> None:
+def tune_folder(
+    folder: Path, source: Path, tokens: Tensor, minutes: float, what: str = "all", progress: Progress = no_progress
+) -> None:
     """Tunes a compressed folder in place; see `tune`.
 
     What was tuned is written to a file of its own before any shard is, so that after an interruption the same numbers
@@ -45,12 +48,13 @@ def tune_folder(folder: Path, source: Path, tokens: Tensor, minutes: float, prog
         source: The dense model.
         tokens: See `tune`.
         minutes: See `tune`.
+        what: See `tune`.
         progress: See `tune`.
     """
     path = folder / _TUNED
     if not path.is_file():
         dense, compressed = hf.load(source, torch.float32), hf.load(folder, torch.float32)
-        write_shard(path, tune(dense, compressed, tokens, minutes, progress))
+        write_shard(path, tune(dense, compressed, tokens, minutes, what, progress))
     tuned = read_header(path)
     for shard in sorted(folder.glob("model-*.safetensors")):
         tensors = {name: read_tensor(name, ref) for name, ref in read_header(shard).items()}
@@ -70,6 +74,7 @@ def tune(
     compressed: PreTrainedModel,
     tokens: Tensor,
     minutes: float,
+    what: str = "all",
     progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
     """Tunes a compressed model.
@@ -79,15 +84,28 @@ def tune(
         compressed: Its layers are replaced by trainable ones.
         tokens: int64 [n, L], gone through again and again in their order.
         minutes: How long.
+        what: "all" for the kept values, U, V, biases and norms, "factors" for U and V alone.
         progress: Wraps the loop over steps.
 
     Returns:
         The tuned tensors in float32, by their names in the checkpoint.
+
+    Raises:
+        InputError: only U and V are to be tuned, and there are none.
     """
     began = time.monotonic()
-    compressed.requires_grad_(False)
     layers, others = make_trainable(compressed)
-    trained = [*others.values(), *(p for layer in layers.values() for p in layer.parameters())]
+    compressed.requires_grad_(False)
+    tuned = {f"{name}.{part}": p for name, layer in layers.items() for part, p in layer.named_parameters()} | others
+    if what == "factors":
+        tuned = {name: p for name, p in tuned.items() if name.endswith((".U", ".V")) and p.numel()}
+        if not tuned:
+            raise InputError(
+                "There is nothing to tune: no layer has a low-rank part",
+                got="rank 0 in all of them",
+                do="Give them one, by a rank share of 0.1 for example, or tune everything",
+            )
+    trained = list(tuned.values())
     for parameter in trained:
         parameter.requires_grad_()
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95), fused=True)
@@ -105,14 +123,12 @@ def tune(
             _divergence(dense, compressed, tokens[rows]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    tuned = {f"{name}.{part}": t for name, layer in layers.items() for part, t in layer.tensors().items()}
-    return {name: tensor.detach() for name, tensor in (tuned | others).items()}
+    return {name: parameter.detach() for name, parameter in tuned.items()}
 
 
 def _divergence(dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Tensor) -> Tensor:
     """KL(dense ‖ compressed), mean over the tokens [n, L], in nats."""
-    # bfloat16 products are about twice as fast where the CPU has them; parameters, moments and residuals are float32.
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         with torch.no_grad():
             wanted = dense(tokens, use_cache=False).logits
         got = compressed(tokens, use_cache=False).logits

@@ -93,6 +93,9 @@ class CompressRecipe(_Recipe):
         ge=0,
         description="minutes of tuning the compressed model towards the dense one's predictions; needs both in memory",
     )
+    tuning_of: Literal["all", "factors"] = Field(
+        "all", description="what is tuned: values, U, V, biases and norms; or U and V alone, as in the paper"
+    )
     exclude: list[str] = Field(
         default_factory=list, description="layers to leave dense, by a glob on their names; may be repeated"
     )

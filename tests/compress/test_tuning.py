@@ -10,6 +10,7 @@ from compress.layer import LowRankSparseLinear
 from compress.options import CompressOptions
 from compress.pipeline import compress_model
 from compress.tuning import tune_folder
+from sslc_common.errors import InputError
 from tests.compress.models import save_tiny
 
 
@@ -65,6 +66,24 @@ def test_what_lies_outside_the_blocks_but_for_norms_is_untouched(tmp_path, tiny_
             continue
         same = torch.equal(before.read(name), after.read(name))
         assert same == name.endswith(("bitmap", "embed_tokens.weight", "lm_head.weight")), name
+
+
+def test_the_factors_alone_can_be_tuned(tmp_path, tokens, steps):
+    source = save_tiny(tmp_path / "source", "llama", initializer_range=0.2)
+    before, after = tmp_path / "before", tmp_path / "after"
+    compress_model(source, before, CompressOptions(rank_share=0.4), tokens=tokens)
+    steps(30)
+    compress_model(source, after, CompressOptions(rank_share=0.4, tuning_minutes=1, tuning_of="factors"), tokens=tokens)
+    assert divergence(source, after, tokens[:7]) < 0.98 * divergence(source, before, tokens[:7])
+    was, now = Checkpoint.open(before), Checkpoint.open(after)
+    for name in was.tensors:
+        assert torch.equal(was.read(name), now.read(name)) != name.endswith((".U", ".V")), name
+
+
+def test_factors_that_are_not_there_cannot_be_tuned(tmp_path, tiny_llama, tokens):
+    options = CompressOptions(rank_share=0.0, tuning_minutes=1, tuning_of="factors")
+    with pytest.raises(InputError, match="no layer has a low-rank part"):
+        compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
 
 
 def test_interrupted_while_the_shards_are_written_it_goes_on_with_the_same_numbers(
