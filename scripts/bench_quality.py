@@ -4,7 +4,7 @@ r"""Bytes against perplexity: every method at the same budgets, beside ONNX Runt
     python scripts/bench_quality.py --model DIR --calibration wiki.train.txt --calibration speeches.train.txt \
         --held-out wiki=wiki.heldout.txt --held-out speeches=speeches.heldout.txt --json quality.json --plot quality.png
     python scripts/bench_quality.py ... --quick                one budget, few methods, few tokens
-    python scripts/bench_quality.py ... --methods default --mask-rule 2:4 --json quality.json      more rows
+    python scripts/bench_quality.py ... --methods default --set mask_rule=2:4 --set rank_share=0.1    more rows
 
 `default` is what sslc-compress does when nothing is chosen. The other methods run as published: the same budget for
 every layer. All see the same calibration text. Perplexity ratios are paired over the same chunks; ± is one standard
@@ -18,6 +18,7 @@ Text of a third kind, of which the calibration saw nothing, comes with Python, i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
@@ -31,6 +32,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packages importable without installation
 
+from validate.accuracy import Perplexity, perplexity, perplexity_ratio
+
 # Share of the budget that goes to U and V, for the methods that make them. 1 is low rank alone.
 RANK_SHARES = {"oats": 0.25, "sslc": 0.1, "hassle_free": 0.1, "three_basil": 0.1, "cap": 0.1, "svd_llm": 1, "fwsvd": 1}
 QUICK_METHODS = ("default", "magnitude", "wanda", "alps")
@@ -43,7 +46,7 @@ class Record:
     """One method on one text.
 
     Attributes:
-        method: Its name, with the mask rule and the type of the values if chosen; "default", or "ort_int8" for 8 bits.
+        method: Its name, followed by options that were set; "default", or "ort_int8" for ONNX Runtime's 8 bits.
         budget: What was asked for.
         budget_in: "params" or "bytes".
         text: Name of the held-out text.
@@ -99,16 +102,13 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
     from compress.pipeline import compress_model
     from sslc_export.engines.onnxruntime import OnnxRuntimeEngine
     from sslc_export.engines.pytorch import TorchEngine
-    from validate.accuracy import Perplexity, perplexity, perplexity_ratio
 
     names = dict(text.split("=", 1) for text in arguments.held_out)
     texts = {
         name: read_tokens([file], arguments.model, tokens=arguments.tokens, length=512, seed=0, what="held-out").numpy()
         for name, file in names.items()
     }
-    dense_engine = TorchEngine(compress.load(arguments.model))
-    dense = {name: perplexity(dense_engine, chunks) for name, chunks in texts.items()}
-    del dense_engine
+    dense = _dense(arguments, texts)
 
     def records(method: str, budget: float, unit: str, engine: Any, **rest: Any) -> Iterator[Record]:
         for text, chunks in texts.items():
@@ -121,8 +121,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
     for unit in arguments.budget_in:
         for budget in arguments.budgets:
             for method in arguments.methods:
-                rule, dtype = arguments.mask_rule, arguments.values_dtype
-                label = " ".join([method, *([rule] if rule != "free" else []), *([dtype] if dtype != "f32" else [])])
+                label = " ".join([method, *arguments.set])
                 if (label, budget, unit) in done:
                     continue
                 chosen: dict[str, Any] = {}
@@ -136,9 +135,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
                     budget_in=unit,
                     calibration=tuple(arguments.calibration),
                     calibration_tokens=arguments.calibration_tokens,
-                    mask_rule=rule,
-                    values_dtype=dtype,
-                    **chosen,
+                    **chosen | dict(map(_option, arguments.set)),
                 )
                 out = folder / "compressed"
                 report = compress_model(arguments.model, out, options)
@@ -171,6 +168,36 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
             layer_error=None,
             seconds=time.perf_counter() - began,
         )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """The name and the value of "mask_rule=2:4"."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _dense(arguments: argparse.Namespace, texts: dict[str, Any]) -> dict[str, Perplexity]:
+    """The dense model's perplexity on every text; kept in a file beside the records, as it takes minutes."""
+    import compress
+    from compress.format import Checkpoint
+    from compress.work import source_hash
+    from sslc_export.engines.pytorch import TorchEngine
+
+    path = arguments.json and arguments.json.with_suffix(".dense.json")
+    known = json.loads(path.read_text()) if path and path.is_file() else {}
+    model, engine, found = source_hash(Checkpoint.open(arguments.model)), None, {}
+    for name, chunks in texts.items():
+        key = f"{model} {hashlib.sha256(chunks.tobytes()).hexdigest()}"
+        if key not in known:
+            engine = engine or TorchEngine(compress.load(arguments.model))
+            known[key] = asdict(perplexity(engine, chunks))
+            if path:
+                path.write_text(json.dumps(known, indent=1) + "\n")
+        found[name] = Perplexity(**known[key] | {"chunk_nll": tuple(known[key]["chunk_nll"])})
+    return found
 
 
 def _quantized(model: Path, folder: Path, bits: int) -> tuple[Path, int, int]:
@@ -252,7 +279,7 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    from compress.options import METHODS, VALUE_BYTES
+    from compress.options import METHODS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face folder")
@@ -261,8 +288,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=["default", *METHODS], help="default: all")
     parser.add_argument("--budgets", nargs="+", type=float, help="default: 0.7 0.6 0.5 0.4")
     parser.add_argument("--budget-in", nargs="+", choices=["params", "bytes"], default=["params"])
-    parser.add_argument("--mask-rule", default="free", help="for every method, as sslc-compress takes it")
-    parser.add_argument("--values-dtype", default="f32", choices=list(VALUE_BYTES), help="likewise")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="for every method, an option of compress.options.CompressOptions, such as mask_rule=2:4; repeat",
+    )
     parser.add_argument("--calibration-tokens", type=int, default=49152)
     parser.add_argument("--tokens", type=int, default=16384, help="of each held-out text")
     parser.add_argument("--folder", type=Path, help="for temporary files, some 2 GB for SmolLM2")
