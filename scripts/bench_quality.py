@@ -83,7 +83,7 @@ def main() -> int:
     arguments = _arguments()
     done = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for record in _measure(arguments, Path(folder), {(r["method"], r["budget"], r["budget_in"]) for r in done}):
+        for record in _measure(arguments, Path(folder), _finished(done, len(arguments.held_out))):
             done.append(asdict(record))
             print(_line(done[-1]), flush=True)
             if arguments.json:
@@ -92,6 +92,14 @@ def main() -> int:
     if arguments.plot:
         _plot(done, arguments.plot)
     return 0
+
+
+def _finished(records: list[dict[str, Any]], texts: int) -> set[tuple[str, float, str]]:
+    """What was measured on all texts; what was interrupted between two of them is dropped from the records."""
+    keys = [(r["method"], r["budget"], r["budget_in"]) for r in records]
+    whole = {key for key in keys if keys.count(key) >= texts}
+    records[:] = [record for record, key in zip(records, keys, strict=True) if key in whole]
+    return whole
 
 
 def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, float, str]]) -> Iterator[Record]:

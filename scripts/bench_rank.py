@@ -13,8 +13,8 @@ tuned     S keeps the entries of W that Wanda chooses, as they are; U·V alone i
           alone, with S frozen, can reach for one layer. With a share of 0 this is Wanda
 
 A synthetic layer has the singular values of the first model's layer of the same kind and the eigenvalues of its inputs'
-Gram matrix, stretched to another width, and random directions: a stand-in for a wider model, no more. Records are appended to
-the JSON file as they come, and what is in it already is not solved again.
+Gram matrix, stretched to another width, and random directions: a stand-in for a wider model, no more. Records are
+appended to the JSON file as they come, and what is in it already is not solved again.
 """
 
 from __future__ import annotations
