@@ -8,6 +8,7 @@ and the hidden states of the calibration sequences, however many blocks there ar
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,6 +133,7 @@ def compress_model(
             held_out_tokens=0 if tokens is None else tokens[solving:].numel(),
             seconds=time.perf_counter() - began,
             resumed_blocks=resumed,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         write_json(work.folder / REPORT, report.to_json())
         remove(work.folder / _IMPORTANCE)

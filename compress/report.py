@@ -67,6 +67,7 @@ class CompressReport:
         held_out_tokens: How many measured the errors.
         seconds: For everything, resumed work not included.
         resumed_blocks: Blocks that an interrupted run had finished.
+        peak_memory: Most resident bytes that the process had, from its start.
     """
 
     method: str
@@ -79,6 +80,7 @@ class CompressReport:
     held_out_tokens: int
     seconds: float
     resumed_blocks: int
+    peak_memory: int
     head: LayerReport | None = None
 
     @property

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from compress.forecast import Forecast
     from compress.report import CompressReport
 
 T = TypeVar("T")
@@ -75,8 +76,15 @@ def note(text: str) -> None:
     _stderr.print(text, markup=False, soft_wrap=True)
 
 
+def forecast(expected: Forecast, tuning_minutes: float) -> None:
+    """What a compression is going to take."""
+    minutes = expected.seconds / 60 + tuning_minutes
+    note(f"predicted for an idle machine: {minutes:.1f} minutes and {expected.memory / 2**30:.1f} GiB of memory")
+
+
 def compression(report: CompressReport) -> None:
-    """What a compression came to, in two lines."""
+    """What a compression took and came to."""
+    note(f"took {report.seconds / 60:.1f} minutes and {report.peak_memory / 2**30:.1f} GiB of memory")
     kept = [layer for layer in report.layers if not layer.dense_reason]
     note(
         f"{len(kept)} of {len(report.layers)} layers compressed by {report.method}: "

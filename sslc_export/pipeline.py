@@ -159,13 +159,16 @@ def _options(recipe: CompressRecipe) -> CompressOptions:
 def _compress(
     source: Path, out: Path, recipe: CompressRecipe, kept_dense: dict[str, str] | None = None
 ) -> CompressReport:
+    from compress.forecast import forecast
     from compress.pipeline import compress_model
+    from compress.source import Source
 
     console.quiet_transformers()
     options = _options(recipe)
     if reason := (kept_dense or {}).pop(HEAD, None):
         console.note(f"{HEAD} is kept as it is: {reason}")
         options = replace(options, head="keep")
+    console.forecast(forecast(Source.open(source), options), options.tuning_minutes)
     with console.stage(f"compress {source} to {out}"):
         report = compress_model(source, out, options, kept_dense=kept_dense, progress=console.progress)
     console.compression(report)
