@@ -149,7 +149,7 @@ def _real_layers(folder: Path, text: Path, tokens: int) -> list[Layer]:
     layers = []
     for name, module in linears.items():
         x = torch.cat(inputs[name])
-        layers.append(Layer(folder.resolve().name, name, module.weight.detach(), x[: len(x) // 2], x[len(x) // 2 :]))
+        layers.append(Layer(folder.absolute().name, name, module.weight.detach(), x[: len(x) // 2], x[len(x) // 2 :]))
     return layers
 
 
