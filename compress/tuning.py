@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -32,7 +32,10 @@ WARM_UP = 10  # steps
 LAST = 0.05  # The rate falls along a cosine to this share.
 SEQUENCES_PER_STEP = 2
 TOKENS = 1 << 18  # Of text, at most; longer tuning goes through it again.
+SAVED_EVERY = 300.0  # seconds
 _TUNED = "tuned.safetensors"
+_STATE = "tuning.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.Adam calls them
 
 
 def tune_folder(
@@ -40,8 +43,8 @@ def tune_folder(
 ) -> None:
     """Tunes a compressed folder in place; see `tune`.
 
-    What was tuned is written to a file of its own before any shard is, so that after an interruption the same numbers
-    go into all of them. `forget` removes it.
+    An interrupted run goes on from where it was up to five minutes before. What was tuned is written to a file of its
+    own before any shard is, so that after an interruption the same numbers go into all of them. `forget` removes both.
 
     Args:
         folder: Compressed.
@@ -54,7 +57,7 @@ def tune_folder(
     path = folder / _TUNED
     if not path.is_file():
         dense, compressed = hf.load(source, torch.float32), hf.load(folder, torch.float32)
-        write_shard(path, tune(dense, compressed, tokens, minutes, what, progress))
+        write_shard(path, tune(dense, compressed, tokens, minutes, what, folder / _STATE, progress))
     tuned = read_header(path)
     for shard in sorted(folder.glob("model-*.safetensors")):
         tensors = {name: read_tensor(name, ref) for name, ref in read_header(shard).items()}
@@ -66,6 +69,7 @@ def tune_folder(
 
 def forget(folder: Path) -> None:
     """Removes what `tune_folder` left for the case of an interruption."""
+    remove(folder / _STATE)
     remove(folder / _TUNED)
 
 
@@ -75,6 +79,7 @@ def tune(
     tokens: Tensor,
     minutes: float,
     what: str = "all",
+    state: Path | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
     """Tunes a compressed model.
@@ -85,6 +90,7 @@ def tune(
         tokens: int64 [n, L], gone through again and again in their order.
         minutes: How long.
         what: "all" for the kept values, U, V, biases and norms, "factors" for U and V alone.
+        state: File that is written every five minutes; if it is there, the tuning goes on from it.
         progress: Wraps the loop over steps.
 
     Returns:
@@ -93,7 +99,6 @@ def tune(
     Raises:
         InputError: only U and V are to be tuned, and there are none.
     """
-    began = time.monotonic()
     layers, others = make_trainable(compressed)
     compressed.requires_grad_(False)
     tuned = {f"{name}.{part}": p for name, layer in layers.items() for part, p in layer.named_parameters()} | others
@@ -109,13 +114,15 @@ def tune(
     for parameter in trained:
         parameter.requires_grad_()
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95), fused=True)
+    first, before = _resume(state, tuned, optimizer) if state and state.is_file() else (0, 0.0)
+    began, saved = time.monotonic() - before, before
 
     def until_the_time_is_up() -> Iterator[float]:
         """The share of the time that has passed, once for each step."""
         while (passed := (time.monotonic() - began) / (60 * minutes)) < 1:
             yield passed
 
-    for step, passed in enumerate(progress(until_the_time_is_up(), "Tuning")):
+    for step, passed in enumerate(progress(until_the_time_is_up(), "Tuning"), first):
         cosine = LAST + (1 - LAST) * (1 + math.cos(math.pi * passed)) / 2
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * cosine
         rows = torch.arange(step * SEQUENCES_PER_STEP, (step + 1) * SEQUENCES_PER_STEP) % len(tokens)
@@ -123,6 +130,9 @@ def tune(
             _divergence(dense, compressed, tokens[rows]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if state and 60 * minutes * passed - saved >= SAVED_EVERY:
+            saved = 60 * minutes * passed
+            _save(state, tuned, optimizer, step + 1, saved)
     return {name: parameter.detach() for name, parameter in tuned.items()}
 
 
@@ -134,3 +144,22 @@ def _divergence(dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Ten
         got = compressed(tokens, use_cache=False).logits
     wanted, got = (logits.flatten(0, 1).float().log_softmax(-1) for logits in (wanted, got))
     return functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
+
+
+def _save(path: Path, tuned: dict[str, nn.Parameter], optimizer: torch.optim.Adam, step: int, seconds: float) -> None:
+    """What tuning needs to go on: parameters, their moments, steps and seconds so far."""
+    moments = {f"{m}.{n}": optimizer.state[p][m] for n, p in tuned.items() if p in optimizer.state for m in _MOMENTS}
+    so_far = {"step": torch.tensor([step]), "seconds": torch.tensor([seconds], dtype=torch.float64)}
+    write_shard(path, tuned | moments | so_far)
+
+
+def _resume(path: Path, tuned: dict[str, nn.Parameter], optimizer: torch.optim.Adam) -> tuple[int, float]:
+    """The inverse of `_save`; returns steps and seconds so far."""
+    saved = {name: read_tensor(name, ref) for name, ref in read_header(path).items()}
+    step = int(saved["step"])
+    for name, parameter in tuned.items():
+        parameter.data.copy_(saved[name])
+        if f"{_MOMENTS[0]}.{name}" in saved:
+            moments = {moment: saved[f"{moment}.{name}"] for moment in _MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+    return step, float(saved["seconds"])

@@ -110,6 +110,28 @@ def test_interrupted_while_the_shards_are_written_it_goes_on_with_the_same_numbe
         assert torch.equal(checkpoint.read(name), tuning.read_tensor(name, ref))
 
 
+def test_interrupted_tuning_goes_on_where_it_was_saved(tmp_path, tiny_llama, compressed, tokens, monkeypatch, steps):
+    straight, cut = (shutil.copytree(compressed, tmp_path / name) for name in ("straight", "cut"))
+    monkeypatch.setattr(tuning, "SAVED_EVERY", 6)  # of 60 seconds
+    steps(12)
+    tune_folder(straight, tiny_llama, tokens, 1)
+
+    def stops(items, _):
+        for index, item in enumerate(items):
+            if index == 5:
+                raise KeyboardInterrupt
+            yield item
+
+    steps(12)
+    with pytest.raises(KeyboardInterrupt):
+        tune_folder(cut, tiny_llama, tokens, 1, progress=stops)
+    assert int(tuning.read_tensor("step", tuning.read_header(cut / "tuning.safetensors")["step"])) == 4
+    steps(12)
+    tune_folder(cut, tiny_llama, tokens, 1)
+    a, b = (tuning.read_header(folder / "tuned.safetensors") for folder in (straight, cut))
+    assert all(torch.equal(tuning.read_tensor(n, a[n]), tuning.read_tensor(n, b[n])) for n in a)
+
+
 def test_tuning_reads_on_in_the_calibration_text(tmp_path, tiny_llama, monkeypatch):
     (tmp_path / "text.txt").write_text(" ".join(f"w{i % 97}" for i in range(2000)))
     seen = []
