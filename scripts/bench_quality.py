@@ -5,6 +5,7 @@ r"""Bytes against perplexity: every method at the same budgets, beside ONNX Runt
         --held-out wiki=wiki.heldout.txt --held-out speeches=speeches.heldout.txt --json quality.json --plot quality.png
     python scripts/bench_quality.py ... --quick                one budget, few methods, few tokens
     python scripts/bench_quality.py ... --methods default --mask-rule 2:4 --json quality.json      more rows
+    python scripts/bench_quality.py ... --methods default --allocations owl cap --json quality.json       likewise
 
 `default` is what sslc-compress does when nothing is chosen. The other methods run as published: the same budget for
 every layer. All see the same calibration text. Perplexity ratios are paired over the same chunks; ± is one standard
@@ -43,7 +44,8 @@ class Record:
     """One method on one text.
 
     Attributes:
-        method: Its name, with the mask rule and the type of the values if chosen; "default", or "ort_int8" for 8 bits.
+        method: Its name, with allocation, mask rule and type of the values if chosen; "default", or "ort_int8" for 8
+            bits.
         budget: What was asked for.
         budget_in: "params" or "bytes".
         text: Name of the held-out text.
@@ -120,12 +122,14 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
 
     for unit in arguments.budget_in:
         for budget in arguments.budgets:
-            for method in arguments.methods:
+            others = [("default", allocation) for allocation in arguments.allocations]
+            for method, allocation in [*((method, "") for method in arguments.methods), *others]:
                 rule, dtype = arguments.mask_rule, arguments.values_dtype
-                label = " ".join([method, *([rule] if rule != "free" else []), *([dtype] if dtype != "f32" else [])])
+                marks = (allocation, "" if rule == "free" else rule, "" if dtype == "f32" else dtype)
+                label = " ".join([method, *filter(None, marks)])
                 if (label, budget, unit) in done:
                     continue
-                chosen: dict[str, Any] = {}
+                chosen: dict[str, Any] = {"allocation": allocation} if allocation else {}
                 if method != "default":
                     share = RANK_SHARES.get(method, 0.0)
                     chosen = {"method": method, "allocation": "uniform", "rank_share": share, "refinement": 0}
@@ -252,13 +256,14 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    from compress.options import METHODS, VALUE_BYTES
+    from compress.options import ALLOCATIONS, METHODS, VALUE_BYTES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face folder")
     parser.add_argument("--calibration", action="append", required=True, help="text to calibrate on; repeat")
     parser.add_argument("--held-out", action="append", required=True, metavar="NAME=FILE", help="repeat")
     parser.add_argument("--methods", nargs="+", choices=["default", *METHODS], help="default: all")
+    parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=[], help="run default with each, too")
     parser.add_argument("--budgets", nargs="+", type=float, help="default: 0.7 0.6 0.5 0.4")
     parser.add_argument("--budget-in", nargs="+", choices=["params", "bytes"], default=["params"])
     parser.add_argument("--mask-rule", default="free", help="for every method, as sslc-compress takes it")

@@ -1,7 +1,8 @@
 """CAP's ranking in closed form: directions and entries of the whole model compete for one budget.
 
 "Large Language Model Compression with Global Rank and Sparsity Optimization" (arXiv 2505.03801, ICLR 2026). Robust PCA
-splits A = √F·W·d of every layer into L, with singular values σ, and S = A − L; then
+splits A = √F·W·d of every layer into L, with singular values σ, and S = A − L (ten iterations, the most that the paper
+takes: after three L has nearly all, and each costs a singular value decomposition of the layer); then
 
     score = σ²/c of a direction, c the values it displaces (N + K, more with int8 values);   (A − L)² of an entry
 
@@ -21,10 +22,8 @@ from torch import Tensor
 from compress.allocation.exact import at_threshold
 from compress.allocation.problem import LOOP, Problem, Shares
 from compress.allocation.scores import logarithms, sampled_logarithms, scaled_weight, share_above
-from compress.methods.cap import robust_pca
+from compress.methods.cap import ITERATIONS, robust_pca
 from compress.methods.masks import project
-
-ITERATIONS = 3  # of robust PCA, the least that the paper takes; each costs an SVD of the layer
 
 
 def share(problem: Problem) -> Shares:

@@ -22,6 +22,7 @@ Holds the whole model in memory, with L, S and p.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class _Layer:
 
     Attributes:
         weight: [N, K], a view of the model's own parameter.
-        scale: √F·d as [N, 1] and [K], the two factors of A over W.
+        scale: √F and d as [N, 1] and [K], the two factors of A over W, kept away from zero.
         left: [N, m], the directions of L times their singular values.
         right: [m, K].
         rest: [N, K], S.
@@ -75,8 +76,7 @@ class _Layer:
         chosen = torch.rand(self.directions.shape, generator=generator) < self.directions
         kept = torch.rand(self.entries.shape, generator=generator) < self.entries
         A = torch.addmm(self.rest * kept, self.left[:, chosen], self.right[chosen])
-        tiny = torch.finfo(A.dtype).tiny
-        self.weight.copy_(A / self.scale[0].clamp_min(tiny) / self.scale[1].clamp_min(tiny))
+        self.weight.copy_(A / self.scale[0] / self.scale[1])
         return chosen, kept
 
     def learn(self, drawn: tuple[Tensor, Tensor], advantage: float) -> None:
@@ -95,7 +95,7 @@ def share(problem: Problem) -> Shares:
     assert problem.tokens is not None
     require_memory(problem)
     model = problem.model()
-    layers = _candidates(problem, model)
+    layers = learnable(problem, model)
     reinforce(problem, layers, lambda rows: _loss(model, rows))
     directions = [np.sort(logarithms(layer.directions).numpy()) for layer in layers]
     return by_rank(problem, directions, [sampled_logarithms(layer.entries) for layer in layers])
@@ -135,6 +135,8 @@ def reinforce(problem: Problem, layers: list[_Layer], loss: Callable[[Tensor], f
     for rows in problem.progress(batches, "Learning what to keep"):
         drawn = [layer.draw(generator) for layer in layers]
         found = loss(rows)
+        if not math.isfinite(found):
+            raise ArithmeticError("cap_reinforce drew a model whose loss is not finite")
         if before:
             for layer, masks in zip(layers, drawn, strict=True):
                 layer.learn(masks, found - sum(before) / len(before))
@@ -142,12 +144,12 @@ def reinforce(problem: Problem, layers: list[_Layer], loss: Callable[[Tensor], f
         before.append(found)
 
 
-def _candidates(problem: Problem, model: nn.Module) -> list[_Layer]:
+def learnable(problem: Problem, model: nn.Module) -> list[_Layer]:
     """Robust PCA of every layer, and the probabilities to begin with."""
     layers, linear = [], linears(model)
     for name in problem.progress(problem.names, LOOP):
         module, importance = linear[name], problem.importance[name]
-        scale = importance.outputs.sqrt()[:, None], importance.inputs.sqrt()
+        scale = _divisor(importance.outputs)[:, None], _divisor(importance.inputs)
         left, sigma, right, rest = decompose(problem, name)
         nonzero = sigma > 0
         sigma, cost = sigma[nonzero], sum(rest.shape) * problem.factor_cost
@@ -163,6 +165,11 @@ def _candidates(problem: Problem, model: nn.Module) -> list[_Layer]:
         for scores in (layer.directions, layer.entries):
             scores.sub_(t).sigmoid_()
     return layers
+
+
+def _divisor(squares: Tensor) -> Tensor:
+    """Square roots, at least 1e-4 of their root mean square: where inputs are dead, A is rounding errors."""
+    return squares.clamp_min(1e-8 * squares.mean()).clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
 
 def _within_budget(problem: Problem, layers: list[_Layer]) -> None:

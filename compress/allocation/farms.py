@@ -44,11 +44,15 @@ def share(problem: Problem) -> Shares:
 
 
 def tail_exponent(W: Tensor) -> float:
-    """α of a weight [N, K], the smaller the heavier the tail: Hill's estimator over the upper half of the spectrum."""
+    """α of a weight [N, K], the smaller the heavier the tail of its windows' spectra."""
     side = min(WINDOW, max(min(W.shape) // 2, 1))
     rows, columns = (np.unique(np.linspace(0, length - side, PLACES).astype(int)) for length in W.shape)
     windows = (W[row : row + side, column : column + side] for row in rows for column in columns)
-    spectrum = torch.cat([eigenvalues(window) for window in windows]).double().sort().values
+    return hill(torch.cat([eigenvalues(window) for window in windows]).double().sort().values)
+
+
+def hill(spectrum: Tensor) -> float:
+    """The exponent of a power law, by Hill's estimator over the upper half of a spectrum [n], ascending."""
     tail = spectrum[len(spectrum) // 2 :].clamp_min(torch.finfo(torch.float32).eps * float(spectrum[-1]))
     excess = float((tail / tail[0]).log().mean()) if float(tail[0]) > 0 else 0.0
     return 1 + 1 / max(excess, torch.finfo(torch.float32).eps)
