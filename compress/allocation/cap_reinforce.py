@@ -155,7 +155,7 @@ def learnable(problem: Problem, model: nn.Module) -> list[_Layer]:
         sigma, cost = sigma[nonzero], sum(rest.shape) * problem.factor_cost
         left, right = left[:, nonzero] * sigma, right[nonzero].contiguous()
         entries = logarithms(project(rest.square(), problem.rule))
-        weight = output_rows(module, module.weight.data)  # type: ignore[arg-type, union-attr]
+        weight = output_rows(module, module.weight.data)  # type: ignore[arg-type]
         layers.append(_Layer(weight, scale, left, right, rest, logarithms(sigma.square() / cost), entries))
     samples = [(layer.directions.clone(), evenly_spaced(layer.entries)) for layer in layers]
     lowest = min(float(entries.min()) for _, entries in samples)

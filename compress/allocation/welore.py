@@ -30,4 +30,4 @@ def share(problem: Problem) -> Shares:
     def wanted(threshold: float) -> np.ndarray:
         return np.array([share_above(layer, threshold) for layer in spectra]) * problem.sizes
 
-    return Shares(at_threshold(problem, wanted, 0.0, 1.0 + np.finfo(np.float32).eps)[0])
+    return Shares(at_threshold(problem, wanted, 0.0, 1.0 + float(np.finfo(np.float32).eps))[0])
