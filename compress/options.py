@@ -38,7 +38,8 @@ METHODS = {
 }
 VALUE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 BUDGET_UNITS = ("bytes", "params")
-ALLOCATIONS = ("fisher", "uniform")
+ALLOCATIONS = ("fisher", "uniform", "owl", "farms", "welore", "knapsack", "cap", "cap_reinforce")
+TEXT_ALLOCATIONS = ("owl", "knapsack", "cap", "cap_reinforce")  # cannot do without; fisher is uniform then
 HEADS = ("keep", "int8")
 TUNED = ("all", "factors")
 
@@ -52,8 +53,9 @@ class CompressOptions:
         budget: Compressed over dense size of all layers together, 0 < budget ≤ 1, in the unit of `budget_in`.
         budget_in: "bytes": what is stored (values, bitmap, U, V) over the dense bytes at the same value type.
             "params": the papers' count, (nnz + r(N + K)) / NK.
-        allocation: "fisher": one threshold for the whole model on the loss that each entry's removal would cause (see
-            `compress.allocation`). "uniform": the same budget for every layer, as without calibration text.
+        allocation: "fisher": one threshold for the whole model on the loss that each entry's removal would cause.
+            "uniform": the same budget for every layer, as "fisher" without calibration text. The others are published
+            ways, one file each in `compress.allocation`; "knapsack", "cap" and "cap_reinforce" choose ranks, too.
         values_dtype: Type of values, U and V: "f32" or "bf16"; or "int8" for the values, with one float16 scale per row
             and 64 columns, and bfloat16 for U and V.
         head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for

@@ -24,7 +24,7 @@ from compress.folder import copy_companions, write_config, write_index, write_js
 from compress.format import Progress, no_progress
 from compress.head import head_names, quantize_head
 from compress.importance import Importance, load, measure, save, scratch_bytes
-from compress.options import METHODS, CompressOptions
+from compress.options import METHODS, TEXT_ALLOCATIONS, CompressOptions
 from compress.planning import plan_model, share_out, space_needed
 from compress.report import CompressReport, LayerReport
 from compress.sequential import SPILL, STATES, compress_blocks, shard_names
@@ -37,6 +37,7 @@ from sslc_common.files import remove, require_space, writing
 
 REPORT = "compression_report.json"
 _IMPORTANCE = "importance.safetensors"
+_PLANS = "plans.json"
 
 
 def compress_model(
@@ -96,14 +97,14 @@ def compress_model(
         refining = tokens is not None and options.refinement > 0
         spilled = 0 if tokens is None else (1 + refining) * spilled_bytes(dense, tokens)
         importance: dict[str, Importance] = {}
-        seen = tokens[:solving] if tokens is not None and options.allocation == "fisher" else None
+        seen = tokens[:solving] if tokens is not None and options.allocation != "uniform" else None
         if seen is not None:
             spilled = max(spilled, scratch_bytes(dense, seen))
             spilled += refining * len(dense.blocks) * 4 * dense.model.config.hidden_size**2
         require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
         if seen is not None:
             importance = _importance(work, dense, seen, options, progress)
-            plans = share_out(dense, plans, importance, options)
+        plans = share_out(work.folder / _PLANS, dense, plans, importance, options, seen, progress)
         compress_blocks(work, dense, plans, importance, options, tokens, solving, progress)
         rows = [row for block in work.finished for row in block]
         rest = {name: dense.read(name) for name in dense.outside_blocks()}
@@ -137,6 +138,7 @@ def compress_model(
         )
         write_json(work.folder / REPORT, report.to_json())
         remove(work.folder / _IMPORTANCE)
+        remove(work.folder / _PLANS)
         remove(work.folder / STATES)
         forget(work.folder)
         work.publish(out)
@@ -173,6 +175,12 @@ def _calibration_tokens(source: Source, options: CompressOptions, tokens: Tensor
     """Sequences [n, L] from the caller or from text; None if there are none and the method needs none."""
     if tokens is None:
         if not options.calibration and not METHODS[options.method].calibrated:
+            if options.allocation in TEXT_ALLOCATIONS:
+                raise InputError(
+                    f"The allocation {options.allocation} looks at calibration text",
+                    got="none",
+                    do="Pass text, or choose an allocation that looks at weights alone: uniform, farms or welore",
+                )
             return None
         tokens = read_tokens(
             options.calibration,

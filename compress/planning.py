@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+from dataclasses import asdict
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from compress.allocation import allocate
+from compress import hf
+from compress.allocation import Problem, allocate
 from compress.architectures import linear_shape, linears, output_rows
 from compress.budget import LayerPlan, factor_cost, plan_layer, stored_bytes
+from compress.folder import write_json
+from compress.format import Progress, no_progress
 from compress.importance import Importance
 from compress.options import METHODS, VALUE_BYTES, CompressOptions
 from compress.rules import parse_rule
@@ -43,19 +50,64 @@ def plan_model(source: Source, options: CompressOptions) -> dict[str, LayerPlan]
 
 
 def share_out(
-    source: Source, plans: dict[str, LayerPlan], importance: dict[str, Importance], options: CompressOptions
+    path: Path,
+    source: Source,
+    plans: dict[str, LayerPlan],
+    importance: dict[str, Importance],
+    options: CompressOptions,
+    tokens: Tensor | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, LayerPlan]:
-    """The plans of `plan_model` with their budget shared out by importance; see `compress.allocation`."""
+    """The plans of `plan_model` with their budget shared out by `options.allocation`; see `compress.allocation`.
+
+    Args:
+        path: JSON file of the plans: read if it is there, so that an interrupted run goes on with the same, or written.
+        source: The dense model.
+        plans: The same share for every layer.
+        importance: Of the layers; empty without calibration text.
+        options: What to do.
+        tokens: int64 [n, L], the sequences that solvers see; None without text.
+        progress: Wraps loops over layers.
+
+    Raises:
+        InputError: the allocation needs more memory than is free.
+    """
+    if path.is_file():
+        return {name: LayerPlan(**plan) for name, plan in json.loads(path.read_bytes()).items()}
+    if options.allocation != "uniform" and (importance or options.allocation != "fisher"):
+        plans = allocate(options.allocation, _problem(source, plans, importance, options, tokens, progress))
+    write_json(path, {name: asdict(plan) for name, plan in plans.items()})
+    return plans
+
+
+def _problem(
+    source: Source,
+    plans: dict[str, LayerPlan],
+    importance: dict[str, Importance],
+    options: CompressOptions,
+    tokens: Tensor | None,
+    progress: Progress,
+) -> Problem:
     linear = {name: source.model.get_submodule(name) for name in plans}
-    shapes = {name: linear_shape(module) for name, module in linear.items()}
 
     def weight(name: str) -> Tensor:
         return output_rows(linear[name], source.read(f"{name}.weight"))
 
-    free = options.rank is None and options.rank_share is None and METHODS[options.method].low_rank
-    value_bytes, rule = VALUE_BYTES[options.values_dtype], parse_rule(options.mask_rule)
-    cost = factor_cost(options)
-    return allocate(plans, shapes, weight, importance, value_bytes, choose_ranks=free, rule=rule, factor_cost=cost)
+    return Problem(
+        plans=plans,
+        shapes={name: linear_shape(module) for name, module in linear.items()},
+        blocks={name: block for block in source.blocks for name in plans if name.startswith(f"{block}.")},
+        weight=weight,
+        importance=importance,
+        value_bytes=VALUE_BYTES[options.values_dtype],
+        choose_ranks=options.rank is None and options.rank_share is None and METHODS[options.method].low_rank,
+        rule=parse_rule(options.mask_rule),
+        factor_cost=factor_cost(options),
+        tokens=tokens,
+        model=lambda: hf.load(source.checkpoint.folder, torch.float32),
+        seed=options.seed,
+        progress=progress,
+    )
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:

@@ -4,7 +4,7 @@ r"""Bytes against perplexity: every method at the same budgets, beside ONNX Runt
     python scripts/bench_quality.py --model DIR --calibration wiki.train.txt --calibration speeches.train.txt \
         --held-out wiki=wiki.heldout.txt --held-out speeches=speeches.heldout.txt --json quality.json --plot quality.png
     python scripts/bench_quality.py ... --quick                one budget, few methods, few tokens
-    python scripts/bench_quality.py ... --methods default --set mask_rule=2:4 --set rank_share=0.1    more rows
+    python scripts/bench_quality.py ... --methods default --set allocation=owl --set mask_rule=2:4     more rows
 
 `default` is what sslc-compress does when nothing is chosen. The other methods run as published: the same budget for
 every layer. All see the same calibration text. Perplexity ratios are paired over the same chunks; ± is one standard

@@ -51,10 +51,10 @@ class CompressRecipe(_Recipe):
         "bytes",
         description="bytes: values, bitmap, U and V as stored; params: the papers' count, non-zeros + r(N + K)",
     )
-    allocation: Literal["fisher", "uniform"] = Field(
+    allocation: Literal["fisher", "uniform", "owl", "farms", "welore", "knapsack", "cap", "cap_reinforce"] = Field(
         "fisher",
         description="fisher: layers share the budget by how much the model's output depends on them; uniform: the "
-        "same for each",
+        "same for each; the others are published ways, see docs/methods.md",
     )
     values_dtype: Literal["f32", "bf16", "int8"] = Field(
         "f32", description="type of the stored values, U and V; with int8 values, U and V are bf16"

@@ -42,7 +42,8 @@ def robust_pca(A: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     N, K = A.shape
     sparsity = max(N, K) ** -0.5
-    mu = N * K / (4 * A.abs().sum().clamp_min(torch.finfo(A.dtype).tiny))  # the paper's µ
+    size = A.abs().sum()
+    mu = N * K / (4 * torch.where(size > 0, size, 1))  # the paper's µ
     S, dual = torch.zeros_like(A), torch.zeros_like(A)
     for _ in range(iterations):
         left, s, right = torch.linalg.svd(A - S + dual / mu, full_matrices=False)

@@ -101,6 +101,18 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, tiny_llama, tokens, 
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_plans_are_made_once(tmp_path, tiny_llama, tokens, monkeypatch):
+    """An allocation that draws and runs the model need not come out the same on another number of threads."""
+    options, out = CompressOptions(allocation="cap_reinforce", refinement=0), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compress_model(tiny_llama, out, options, tokens=tokens, progress=stop_at(1))
+    monkeypatch.setattr("compress.planning.allocate", lambda *_: pytest.fail("allocated again"))
+    compress_model(tiny_llama, out, options, tokens=tokens)
+    monkeypatch.undo()
+    compress_model(tiny_llama, tmp_path / "whole", options, tokens=tokens)
+    same_model(out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_ctrl_c_leaves_only_the_work_and_the_next_run_continues_it(tmp_path, tiny_llama, tokens, whole, block):
     out = tmp_path / "out"

@@ -13,7 +13,7 @@ from compress.blocks import collect_inputs, embed, run
 from compress.calibration import hold_out
 from compress.format import Checkpoint
 from compress.layer import LowRankSparseLinear, keep_decoded
-from compress.options import ALLOCATIONS, METHODS, CompressOptions
+from compress.options import ALLOCATIONS, METHODS, TEXT_ALLOCATIONS, CompressOptions
 from compress.pipeline import compress_model
 from compress.source import Source
 from sslc_common.errors import InputError
@@ -112,7 +112,7 @@ def test_layers_with_one_input_share_its_gram_matrix(tiny_llama, tmp_path, token
 
 
 @pytest.mark.parametrize("method", ["hassle_free", "alps"])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
 def test_int8_values_keep_the_budget_with_their_scales(tmp_path, tiny_llama, tokens, method, allocation):
     out = tmp_path / "out"
     options = CompressOptions(method=method, allocation=allocation, values_dtype="int8", budget=0.7)
@@ -128,8 +128,55 @@ def test_int8_values_keep_the_budget_with_their_scales(tmp_path, tiny_llama, tok
     assert report.budget_in_bytes <= 0.7
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(("budget_in", "values_dtype"), [("bytes", "int8"), ("bytes", "f32"), ("params", "bf16")])
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_every_allocation_keeps_the_budget_and_no_less(
+    tmp_path, tiny_llama, tokens, allocation, values_dtype, budget_in
+):
+    options = CompressOptions(
+        "svd_llm",
+        budget=0.7,
+        budget_in=budget_in,
+        allocation=allocation,
+        values_dtype=values_dtype,
+        refinement=0,
+        exclude=("*.1.mlp.up_proj",),
+    )
+    report = compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
+    compressed = [row for row in report.layers if not row.dense_reason]
+    assert len(report.layers) - len(compressed) == 1
+    if budget_in == "bytes":
+        spent, whole = (sum(getattr(row, size) for row in compressed) for size in ("bytes", "dense_bytes"))
+        assert 0 <= 0.7 * whole - spent < 4 * len(compressed)  # less than a value of each layer
+    else:
+        assert sum(row.parameters for row in compressed) == sum(int(0.7 * row.N * row.K) for row in compressed)
+    assert not (tmp_path / "out" / "plans.json").exists()
+
+
+@pytest.mark.parametrize("allocation", ["farms", "welore", "uniform", "fisher"])
+def test_weights_alone_will_do_for_some_allocations(tmp_path, tiny_llama, allocation):
+    options = CompressOptions("magnitude", allocation=allocation)
+    report = compress_model(tiny_llama, tmp_path / "out", options)
+    densities = {round(row.density, 3) for row in report.layers if (row.N, row.K) == (48, 48)}
+    assert (len(densities) > 1) == (allocation in ("farms", "welore"))
+    assert 0.49 < report.budget_in_bytes <= 0.5
+
+
+@pytest.mark.parametrize("allocation", TEXT_ALLOCATIONS)
+def test_the_other_allocations_ask_for_text(tmp_path, tiny_llama, allocation):
+    with pytest.raises(InputError, match=f"{allocation} looks at calibration text.*uniform, farms or welore"):
+        compress_model(tiny_llama, tmp_path / "out", CompressOptions("magnitude", allocation=allocation))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_whole_model_in_memory_is_of_any_family(tmp_path, tokens, family):
+    options = CompressOptions(allocation="cap_reinforce", budget=0.6, refinement=0)
+    report = compress_model(save_tiny(tmp_path / "source", family), tmp_path / "out", options, tokens=tokens)
+    assert 0.59 < report.budget_in_bytes <= 0.6
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
 def test_every_method_keeps_the_budget_and_reports_what_is_stored(tmp_path, tiny_llama, tokens, method, allocation):
     out = tmp_path / "out"
     options = CompressOptions(method=method, allocation=allocation, **HALF)
