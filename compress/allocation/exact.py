@@ -74,7 +74,7 @@ def _plan(problem: Problem, index: int, room: int, rank: int | None) -> LayerPla
     old, shape = problem.plans[name], problem.shapes[name]
     if rank is None and problem.choose_ranks:
         A = scaled_weight(problem.weight(name), problem.importance[name])
-        rank = paying_rank(A, room, problem.factor_cost)
+        rank = paying_rank(A, room, problem.factor_cost, problem.rule)
     elif rank is None:
         rank = min(old.rank * room // max(int(problem.planned[index]), 1), *shape)
     nnz = room - rank * direction
