@@ -21,23 +21,59 @@ def damped(H: Tensor) -> Tensor:
 
 
 def low_rank(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U [N, r], V [r, K] with U·V close to the best rank-r approximation of A [N, K] (randomized SVD, two power steps).
+    """U [N, r], V [r, K] with U·V the best rank-r approximation of A [N, K], to about 0.1 % of what it leaves.
 
-    The singular values are split evenly between U and V, so that both have entries of a size that bf16 likes.
+    A randomized SVD with two power steps and as many directions more as are wanted; the exact one where that is no
+    slower. The singular values are split evenly between U and V, so that both have entries of a size that bf16 likes.
     """
-    N, K = A.shape
-    if rank == 0:
-        return A.new_zeros(N, 0), A.new_zeros(0, K)
-    if rank + _OVERSAMPLING >= min(N, K):
+    columns = _columns(A, rank)
+    if columns is None:
         left, s, right = torch.linalg.svd(A, full_matrices=False)
         right = right.T
+    elif rank:
+        left, s, right = torch.svd_lowrank(A, columns, niter=2)
     else:
-        left, s, right = torch.svd_lowrank(A, rank + _OVERSAMPLING, niter=2)
+        return A.new_zeros(A.shape[0], 0), A.new_zeros(0, A.shape[1])
     root = s[:rank].sqrt()
     return left[:, :rank] * root, (right[:, :rank] * root).T.contiguous()
 
 
-_OVERSAMPLING = 8  # Halko, Martinsson and Tropp 2011 suggest 5 to 10 more directions than are wanted.
+def low_rank_again(A: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `low_rank`, for a matrix that is a little other than in the last turn: for methods that take an SVD in each.
+
+    One step of subspace iteration from the directions of the last turn costs two products with A, where a randomized
+    SVD from nothing costs six, and over the turns the directions come as close to those of an exact SVD.
+
+    Args:
+        A: [N, K].
+        rank: r.
+        basis: [K, directions] of the last turn; None in the first.
+
+    Returns:
+        U [N, r], V [r, K] and the basis for the next turn.
+    """
+    columns = _columns(A, rank)
+    if columns is None or rank == 0:
+        return *low_rank(A, rank), None
+    if basis is None:
+        basis = torch.randn(A.shape[1], columns, dtype=A.dtype)
+        for _ in range(2):
+            basis = torch.linalg.qr(A.T @ torch.linalg.qr(A @ basis).Q).Q
+    Q = torch.linalg.qr(A @ basis).Q
+    left, s, right = torch.linalg.svd(Q.T @ A, full_matrices=False)
+    root = s[:rank].sqrt()
+    return (Q @ left[:, :rank]) * root, root[:, None] * right[:rank], right.T
+
+
+def _columns(A: Tensor, rank: int) -> int | None:
+    """Directions of a randomized SVD; None where they are more than half of all, and an exact one is no slower.
+
+    Eight more than are wanted do where the singular values fall fast (Halko, Martinsson and Tropp 2011). Those of
+    weights hardly fall: on SmolLM2-135M's, whitened, eight more leave 2 % more than the best of rank 144, and OATS ends
+    with 1 % more error; twice as many come within 0.1 %.
+    """
+    columns = 2 * max(rank, 8)
+    return None if rank and columns > min(A.shape) // 2 else columns
 
 
 def least_squares_on_support(W: Tensor, mask: Tensor, S: Tensor, H: Tensor, iterations: int) -> Tensor:
