@@ -40,6 +40,7 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None 
     """
     d, A, G = scaled(W, H)
     eigenvalues, Q = torch.linalg.eigh(G)
+    del G
     mask = top_overall(A.abs(), nnz, rule)
     S, dual, before, rho = A * mask, torch.zeros_like(A), mask, RHO
     inverse = (Q / (eigenvalues + rho)) @ Q.T

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.methods import alps
+from compress.methods import alps, svd_llm
 from compress.methods.linalg import damped, low_rank_again
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
@@ -27,18 +27,19 @@ def solve(
     """Min ‖(W − S − L)X‖² with a copy D of S that has nnz values; S, D and L are updated in every iteration.
 
     S ← (H + ρ)⁻¹ of H(W − L) − dual + ρD;  D ← the nnz largest of S + dual/ρ;  L ← the best rank-r part of W − S.
-    At the end the nnz largest of S. With rank 0 this is ALPS.
+    At the end the nnz largest of S. With rank 0 this is ALPS, with nnz 0 SVD-LLM.
     """
-    if rank == 0:
-        return alps.solve(W, H, nnz, rank, rule)
-    d, A, scaled = alps.scaled(W, damped(H))
-    root = torch.linalg.cholesky(scaled)
-    eigenvalues, Q = torch.linalg.eigh(scaled)
+    if rank == 0 or nnz == 0:
+        return (svd_llm if rank else alps).solve(W, H, nnz, rank, rule)
+    d, A, G = alps.scaled(W, damped(H))
+    root = torch.linalg.cholesky(G)
+    eigenvalues, Q = torch.linalg.eigh(G)
+    del G
     mask, basis = top_overall(A.abs(), nnz, rule), None
     T, D, dual, before, rho = A, A * mask, torch.zeros_like(A), mask, alps.RHO
     inverse = (Q / (eigenvalues + rho)) @ Q.T
     for iteration in range(1, iterations + 1):
-        S = T + (rho * (D - T) - dual) @ inverse  # H(H + ρ)⁻¹ = 1 − ρ(H + ρ)⁻¹
+        S = T + (rho * (D - T) - dual) @ inverse  # G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
         target = S + dual / rho
         mask = top_overall(target.abs(), nnz, rule)
         D = target * mask
