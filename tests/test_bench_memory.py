@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def measured(bench, monkeypatch):
         return record(bench, job.method, model=model)
 
     monkeypatch.setattr("memory_bench.methods._uninterrupted", uninterrupted)
-    monkeypatch.setattr("bench_memory.make_model", print)  # a builtin, which the process finds
+    monkeypatch.setattr("bench_memory.make_model", lambda *_: None)
+    monkeypatch.setattr("bench_memory.fresh_process", lambda: ThreadPoolExecutor(1))
     return made
 
 
