@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packages importable without installation
 
@@ -88,18 +89,18 @@ def cases(options: argparse.Namespace) -> list[Case]:
         if folder is not None:
             found.append(Case(name, _in(folder, run), our or partial(ours.by_method, name), **traits))
 
-    turns, together = options.turns, {"low_rank": True}
+    turns = options.turns
     add(options.wanda, "wanda", theirs.wanda)
     add(options.sparsegpt, "sparsegpt", theirs.sparsegpt)
     add(options.alps, "alps", theirs.alps)
-    add(options.oats, "oats", theirs.oats, **together)
-    add(options.three_basil, "three_basil", theirs.three_basil, **together)
+    add(options.oats, "oats", theirs.oats, low_rank=True)
+    add(options.three_basil, "three_basil", theirs.three_basil, low_rank=True)
     in_their_order = partial(ours.hassle_free_in_their_order, turns=turns)
     ours_in_turns = partial(ours.by_method, "hassle_free", turns=turns)
     exact, by_adam = partial(theirs.hassle_free_exact, turns=turns), partial(theirs.hassle_free, turns=turns)
-    add(options.three_basil, "hassle_free, their order", exact, in_their_order, **together)
-    add(options.three_basil, "hassle_free", exact, ours_in_turns, same=False, **together)
-    add(options.hassle_free, "hassle_free, by Adam", by_adam, ours_in_turns, same=False, **together)
+    add(options.three_basil, "hassle_free, their order", exact, in_their_order, low_rank=True)
+    add(options.three_basil, "hassle_free", exact, ours_in_turns, same=False, low_rank=True)
+    add(options.hassle_free, "hassle_free, by Adam", by_adam, ours_in_turns, same=False, low_rank=True)
     add(options.svd_llm, "svd_llm", theirs.svd_llm, low_rank=True, sparse=False)
     add(options.robust_pca, "robust_pca", theirs.robust_pca, ours.robust_pca, low_rank=True, sparse=False)
     return found
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(not all(map(agrees, records)))
 
 
-def _read(file: Path | None) -> list[dict[str, object]]:
+def _read(file: Path | None) -> list[dict[str, Any]]:
     return json.loads(file.read_text()) if file and file.is_file() else []
 
 

@@ -31,7 +31,7 @@ def wanda(folder: Path, problem: Problem, setting: Setting) -> Tensor:
     n, m = setting.n_m
     with on_cpu():
         prune.prune_wanda(arguments, model, None, torch.device("cpu"), prune_n=n, prune_m=m)
-    return model.model.layers[0].up_proj.weight.data
+    return model.block.up_proj.weight.data
 
 
 def sparsegpt(folder: Path, problem: Problem, setting: Setting) -> Tensor:
@@ -93,7 +93,7 @@ def svd_llm(folder: Path, problem: Problem, setting: Setting) -> Tensor:
     with on_cpu():
         whitening = module.profle_svdllm("llama", model, [{"x": x[None]} for x in sequences], "cpu")
         module.whitening("llama", model, whitening, ratio, "cpu")
-    made = model.model.layers[0].mlp
+    made = model.block.mlp
     return made.up_u_proj.weight.data @ made.up_v_proj.weight.data
 
 
@@ -115,7 +115,8 @@ def _joint(solver: Any, method: str, problem: Problem, setting: Setting, **argum
         compressor = solver(layer, problem.layer)
         compressor.add_batch(problem.X, None)
         getattr(compressor, method)(prunen=n, prunem=m, sparsity=setting.sparsity, percdamp=0.01, **arguments)
-    return layer.base_layer.weight.data + layer.lora_B.default.weight.data @ layer.lora_A.default.weight.data
+    lora_A, lora_B = layer.adapters()
+    return layer.base_layer.weight.data + lora_B @ lora_A
 
 
 class _Adapted(nn.Linear):
@@ -128,8 +129,13 @@ class _Adapted(nn.Linear):
         self.base_layer = _linear(problem)
         self.lora_A = nn.ModuleDict({"default": nn.Linear(K, rank, bias=False)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, N, bias=False)})
-        nn.init.zeros_(self.lora_B["default"].weight)
+        self.adapters()[1].zero_()
         self.scaling, self.active_adapter = {"default": 1.0}, ["default"]
+
+    def adapters(self) -> tuple[Tensor, Tensor]:
+        """The weights of A [r, K] and B [N, r]."""
+        made: list[Any] = [self.lora_A["default"], self.lora_B["default"]]
+        return made[0].weight.data, made[1].weight.data
 
 
 class _Block(nn.Module):
@@ -150,13 +156,19 @@ class _Model(nn.Module):
     def __init__(self, problem: Problem, length: int) -> None:
         super().__init__()
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList([_Block(problem)])
+        self.model.layers = nn.ModuleList([_Block(problem)])  # their code puts others in its place
         N, K = problem.W.shape
         self.config = SimpleNamespace(use_cache=False, hidden_size=K, intermediate_size=N, hidden_act="silu")
-        self.seqlen, self.hf_device_map = length, {}
+        self.seqlen = length
+        self.hf_device_map: dict[str, str] = {}
 
     def forward(self, x: Tensor) -> Any:
-        return self.model.layers[0](x, attention_mask=None, position_ids=None)
+        return self.block(x, attention_mask=None, position_ids=None)
+
+    @property
+    def block(self) -> Any:
+        """The only block, or what their code has put in its place."""
+        return self.model.layers[0]  # type: ignore[index]
 
 
 def _model(problem: Problem) -> tuple[_Model, Tensor]:
