@@ -38,15 +38,14 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None 
         iterations: Each costs one [N, K]·[K, K] product.
         rule: Of the mask.
     """
-    d = H.diagonal().sqrt()
-    eigenvalues, Q = torch.linalg.eigh(H / d / d[:, None])
-    A = W * d
-    AH = ((A @ Q) * eigenvalues) @ Q.T
+    d, A, G = scaled(W, H)
+    eigenvalues, Q = torch.linalg.eigh(G)
+    del G
     mask = top_overall(A.abs(), nnz, rule)
     S, dual, before, rho = A * mask, torch.zeros_like(A), mask, RHO
     inverse = (Q / (eigenvalues + rho)) @ Q.T
     for iteration in range(iterations):
-        B = (AH - dual + rho * S) @ inverse
+        B = A + (rho * (S - A) - dual) @ inverse  # G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
         target = B + dual / rho
         mask = top_overall(target.abs(), nnz, rule)
         S = target * mask
@@ -55,6 +54,12 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None 
             rho = faster(rho, int((mask ^ before).sum()) / max(nnz, 1))
             inverse, before = (Q / (eigenvalues + rho)) @ Q.T, mask
     return S / d, mask
+
+
+def scaled(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale that ρ is for: d [K] = √diag(H), W·d [N, K], and H/d/dᵀ [K, K], whose diagonal is 1."""
+    d = H.diagonal().sqrt()
+    return d, W * d, H / d / d[:, None]
 
 
 def faster(rho: float, changed: float) -> float:

@@ -17,27 +17,66 @@ def input_norms(H: Tensor) -> Tensor:
 def damped(H: Tensor) -> Tensor:
     """H + 1 % of its mean diagonal, positive definite even where there are fewer tokens than inputs, or dead inputs."""
     mean = H.diagonal().mean()
-    return H + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(H.shape[0], dtype=H.dtype)
+    H = H.clone()  # and no identity: with 11008 inputs each such matrix is half a gigabyte
+    H.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return H
 
 
 def low_rank(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U [N, r], V [r, K] with U·V close to the best rank-r approximation of A [N, K] (randomized SVD, two power steps).
+    """U [N, r], V [r, K] with U·V the best rank-r approximation of A [N, K], to about 0.1 % of what it leaves.
 
-    The singular values are split evenly between U and V, so that both have entries of a size that bf16 likes.
+    A randomized SVD with two power steps and as many directions more as are wanted; the exact one where that is no
+    slower. The singular values are split evenly between U and V, so that both have entries of a size that bf16 likes.
     """
-    N, K = A.shape
-    if rank == 0:
-        return A.new_zeros(N, 0), A.new_zeros(0, K)
-    if rank + _OVERSAMPLING >= min(N, K):
+    columns = _columns(A, rank, 2)
+    if columns is None:
         left, s, right = torch.linalg.svd(A, full_matrices=False)
         right = right.T
+    elif rank:
+        left, s, right = torch.svd_lowrank(A, columns, niter=2)
     else:
-        left, s, right = torch.svd_lowrank(A, rank + _OVERSAMPLING, niter=2)
+        return A.new_zeros(A.shape[0], 0), A.new_zeros(0, A.shape[1])
     root = s[:rank].sqrt()
     return left[:, :rank] * root, (right[:, :rank] * root).T.contiguous()
 
 
-_OVERSAMPLING = 8  # Halko, Martinsson and Tropp 2011 suggest 5 to 10 more directions than are wanted.
+def low_rank_again(A: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `low_rank`, for a matrix that is a little other than in the last turn: for methods that take an SVD in each.
+
+    One step of subspace iteration from the directions of the last turn costs two products with A, where a randomized
+    SVD from nothing costs six, and over the turns the directions come as close to those of an exact SVD.
+
+    Args:
+        A: [N, K].
+        rank: r.
+        basis: [K, directions] of the last turn; None in the first.
+
+    Returns:
+        U [N, r], V [r, K] and the basis for the next turn.
+    """
+    columns = _columns(A, rank, 3)
+    if columns is None or rank == 0:
+        return *low_rank(A, rank), None
+    if basis is None:
+        basis = torch.randn(A.shape[1], columns, dtype=A.dtype)
+        for _ in range(2):
+            basis = torch.linalg.qr(A.T @ torch.linalg.qr(A @ basis).Q).Q
+    Q = torch.linalg.qr(A @ basis).Q
+    left, s, right = torch.linalg.svd(Q.T @ A, full_matrices=False)
+    root = s[:rank].sqrt()
+    return (Q @ left[:, :rank]) * root, root[:, None] * right[:rank], right.T
+
+
+def _columns(A: Tensor, rank: int, times: int) -> int | None:
+    """Directions of a randomized SVD; None where they are more than half of all, and an exact one is no slower.
+
+    Eight more than are wanted do where the singular values fall fast (Halko, Martinsson and Tropp 2011). Those of
+    weights hardly fall: on one of SmolLM2-135M's, whitened, eight more left 2 % more than the best of rank 144, twice
+    as many within 0.1 %. Over the 80 turns of OATS with 2:4, twice as many ended with 0.8 % more error than exact SVDs,
+    three times as many within 0.1 %.
+    """
+    columns = times * max(rank, 8)
+    return None if rank and columns > min(A.shape) // 2 else columns
 
 
 def least_squares_on_support(W: Tensor, mask: Tensor, S: Tensor, H: Tensor, iterations: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.methods.linalg import input_norms, low_rank
+from compress.methods.linalg import input_norms, low_rank, low_rank_again
 from compress.methods.masks import top_per_row
 from compress.methods.solution import Solution
 from compress.rules import MaskRule
@@ -18,14 +18,14 @@ def solve(
 ) -> Solution:
     """Alternates a rank-r SVD and a row-wise hard threshold on W·D, D = diag(XXᵀ)^½ (the paper's algorithm 1).
 
-    The SVD is randomized. With rank 0 this is Wanda.
+    Each SVD starts from the directions of the one before (`low_rank_again`). With rank 0 this is Wanda.
     """
     d = input_norms(H)
     A = W * d
     S, mask = torch.zeros_like(A), torch.zeros_like(A, dtype=torch.bool)
-    U, V = low_rank(A, 0)
+    (U, V), basis = low_rank(A, 0), None
     for _ in range(iterations if rank else 1):
-        U, V = low_rank(A - S, rank)
+        U, V, basis = low_rank_again(A - S, rank, basis)
         rest = A - U @ V
         mask = top_per_row(rest.abs(), nnz, rule)
         S = rest * mask

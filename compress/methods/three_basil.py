@@ -10,45 +10,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.methods import alps
-from compress.methods.hassle_free import whitened_low_rank
-from compress.methods.linalg import damped, least_squares_on_support
+from compress.methods import alps, svd_llm
+from compress.methods.linalg import damped, low_rank_again
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
 from compress.rules import MaskRule
 
-ITERATIONS = 24
+# The authors' settings: at most so many iterations, ρ renewed every so many of them; after so many the ADMM ends where
+# less than this share of the mask changed in the last ten.
+ITERATIONS, EVERY, AT_LEAST, SETTLED = 2000, 10, 100, 3e-4
 
 
 def solve(
     W: Tensor, H: Tensor, nnz: int, rank: int, rule: MaskRule | None = None, iterations: int = ITERATIONS
 ) -> Solution:
-    """Min ‖(W − S − L)X‖² with a copy D of S that has nnz values; S, L and D are updated in every iteration.
+    """Min ‖(W − S − L)X‖² with a copy D of S that has nnz values; S, D and L are updated in every iteration.
 
-    S ← (H + ρ)⁻¹ of H(W − L) − dual + ρD;  L ← the best rank-r part of W − S;  D ← the nnz largest of S + dual/ρ.
-    Then least squares on the mask of D. With rank 0 this is ALPS.
+    S ← (H + ρ)⁻¹ of H(W − L) − dual + ρD;  D ← the nnz largest of S + dual/ρ;  L ← the best rank-r part of W − S.
+    At the end the nnz largest of S. With rank 0 this is ALPS, with nnz 0 SVD-LLM.
     """
-    if rank == 0:
-        return alps.solve(W, H, nnz, rank, rule)
-    H = damped(H)
-    d = H.diagonal().sqrt()
-    A, scaled = W * d, H / d / d[:, None]  # unit diagonal, as in ALPS
-    root = torch.linalg.cholesky(scaled)
-    eigenvalues, Q = torch.linalg.eigh(scaled)
-    U, V = whitened_low_rank(A, root, rank)
-    mask = top_overall((A - U @ V).abs(), nnz, rule)
-    D, dual, before, rho = (A - U @ V) * mask, torch.zeros_like(A), mask, alps.RHO
-    for iteration in range(iterations):
-        image = (((A - U @ V) @ Q) * eigenvalues) @ Q.T
-        S = (((image - dual + rho * D) @ Q) / (eigenvalues + rho)) @ Q.T
-        U, V = whitened_low_rank(A - S, root, rank)
+    if rank == 0 or nnz == 0:
+        return (svd_llm if rank else alps).solve(W, H, nnz, rank, rule)
+    d, A, G = alps.scaled(W, damped(H))
+    root = torch.linalg.cholesky(G)
+    eigenvalues, Q = torch.linalg.eigh(G)
+    del G
+    mask, basis = top_overall(A.abs(), nnz, rule), None
+    T, D, dual, before, rho = A, A * mask, torch.zeros_like(A), mask, alps.RHO
+    inverse = (Q / (eigenvalues + rho)) @ Q.T
+    for iteration in range(1, iterations + 1):
+        S = T + (rho * (D - T) - dual) @ inverse  # G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
         target = S + dual / rho
         mask = top_overall(target.abs(), nnz, rule)
         D = target * mask
         dual += rho * (S - D)
-        if iteration % 3 == 2:
-            rho = alps.faster(rho, int((mask ^ before).sum()) / max(nnz, 1))
-            before = mask
-    D, V = D / d, V / d
-    S = least_squares_on_support(W - U @ V, mask, D, H, alps.LEAST_SQUARES)
-    return Solution(mask, S, U, V)
+        U, V, basis = low_rank_again((A - S) @ root, rank, basis)
+        V = torch.linalg.solve_triangular(root, V, upper=False, left=False)
+        T = A - U @ V
+        if iteration % EVERY == 0:
+            changed = int((mask ^ before).sum()) / max(nnz, 1)
+            if changed == 0 or (iteration > AT_LEAST and changed < SETTLED):
+                break
+            rho *= 1.1 if changed > 0.1 else 1.05 if changed > 0.005 else 1.02
+            inverse, before = (Q / (eigenvalues + rho)) @ Q.T, mask
+    mask = top_overall(S.abs(), nnz, rule)
+    return Solution(mask, S * mask / d, U, V / d)

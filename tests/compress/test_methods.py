@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 
-from compress.methods import magnitude, oats, sparsegpt, sslc, wanda
-from compress.methods.cap import robust_pca
-from compress.methods.linalg import damped, input_norms, least_squares_on_support, low_rank
+from compress.methods import magnitude, oats, sparsegpt, sslc, three_basil, wanda
+from compress.methods.cap import robust_pca, svd
+from compress.methods.linalg import damped, input_norms, least_squares_on_support, low_rank, low_rank_again
 from compress.methods.masks import top_overall, top_per_row
 from compress.options import METHODS
+from compress.rules import MaskRule
 from compress.solve import SOLVERS
 
 
@@ -243,3 +244,76 @@ def test_robust_pca_finds_low_rank_under_large_errors():
     left, s, right = robust_pca(A, 200)
     # What Candès et al. prove exact comes within a few per cent in a finite number of iterations.
     assert float(((left * s) @ right - L).norm() / L.norm()) < 0.05
+
+
+@pytest.mark.parametrize(("cap", "group"), [(2, 4), (4, 8)])
+def test_sparsegpt_chooses_under_a_rule_group_by_group_after_the_updates_so_far(cap, group):
+    """As its authors' code does for N:M; against the naive loop, which inverts what is left."""
+    W, H = problem(N=6)
+    mask = sparsegpt.solve(W, H, 6 * 36 * cap // group, 0, MaskRule(cap, group), block=24).mask
+    left, Hd = W.double().clone(), damped(H).double()
+    for c in range(36):
+        if c % group == 0 and c + group <= 36:
+            columns = range(c, c + group)
+            pivots = torch.stack([torch.linalg.inv(Hd[k:, k:])[0, 0] for k in columns])
+            scores = left[:, columns].square() / pivots
+            for n in range(6):
+                best = scores[n].argsort()[-cap:]
+                assert mask[n, c : c + group].nonzero().flatten().tolist() == sorted(best.tolist())
+        inverse = torch.linalg.inv(Hd[c:, c:])
+        removed = ~mask[:, c]
+        left[removed, c:] -= left[removed, c, None] / inverse[0, 0] * inverse[0]
+
+
+@pytest.mark.parametrize("rank", [3, 16])
+def test_directions_followed_over_turns_are_those_of_an_exact_svd(rank):
+    """OATS' turns on a matrix whose singular values hardly fall, as those of weights."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(120, 160, generator=g)
+    errors = []
+    for exact in (False, True):
+        torch.manual_seed(0)
+        S, basis = torch.zeros_like(A), None
+        for _ in range(20):
+            if exact:
+                left, s, right = torch.linalg.svd(A - S, full_matrices=False)
+                L = (left[:, :rank] * s[:rank]) @ right[:rank]
+            else:
+                U, V, basis = low_rank_again(A - S, rank, basis)
+                L = U @ V
+            S = (A - L) * top_per_row((A - L).abs(), 120 * 60)
+        errors.append(float((A - L - S).norm()))
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)  # what the methods are held to against published code
+
+
+def test_three_basil_renews_rho_every_ten_iterations_and_ends_where_the_mask_has_settled(monkeypatch):
+    W, H = problem(40, 60)
+    changes = []
+    monkeypatch.setattr(three_basil, "low_rank_again", counted := Counted(three_basil.low_rank_again))
+    monkeypatch.setattr(three_basil, "top_overall", lambda *args: changes.append(top_overall(*args)) or changes[-1])
+    solution = three_basil.solve(W, H, 1200, 4)
+    assert counted.calls % three_basil.EVERY == 0
+    assert counted.calls <= three_basil.ITERATIONS
+    last = changes[counted.calls]  # one for the start, one in each iteration, one at the end
+    assert int((last ^ changes[counted.calls - three_basil.EVERY]).sum()) <= three_basil.SETTLED * 1200
+    assert (solution.mask == changes[-1]).all()
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def test_the_svd_by_eigenvectors_is_that_of_lapack():
+    g = torch.Generator().manual_seed(0)
+    for shape in ((30, 50), (50, 30)):
+        A = torch.randn(shape, generator=g) * torch.linspace(3, 0.01, shape[1])
+        left, s, right = svd(A)
+        assert torch.allclose(s, torch.linalg.svdvals(A), atol=1e-4)
+        assert torch.allclose((left * s) @ right, A, atol=1e-4)
+        assert torch.allclose(left.T @ left, torch.eye(30), atol=1e-5)
+    assert all(torch.isfinite(part).all() for part in svd(torch.zeros(4, 6)))

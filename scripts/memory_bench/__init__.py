@@ -1,0 +1,1 @@
+"""What scripts/bench_memory.py is made of: random models of any shape, and the steps that are measured on them."""
