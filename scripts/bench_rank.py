@@ -8,7 +8,8 @@ r"""Where does a low-rank part pay? The error of layers at equal bytes, by the s
 Layers are those of two blocks of each model, one in the first half and one in the second, with their inputs on the
 text. A bitmap takes the same bytes whatever it says, so at one mask rule equal parameters are equal bytes.
 
-solved    S and U·V by HASSLE-free, as the default does: both are fitted to the layer's outputs
+solved    S and U·V by HASSLE-free: both are fitted to the layer's outputs, in two turns
+joint     S and U·V by 3BASiL: both together, in one ADMM of some hundred iterations
 tuned     S keeps the entries of W that Wanda chooses, as they are; U·V alone is fitted, exactly: what tuning of U and V
           alone, with S frozen, can reach for one layer. With a share of 0 this is Wanda
 
@@ -20,6 +21,7 @@ appended to the JSON file as they come, and what is in it already is not solved 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import math
 import sys
@@ -36,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packag
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5)
 RULES = ("free", "32:64", "8:16", "2:4")
+WAYS = ("solved", "joint", "tuned")
 LENGTH = 512
 
 
@@ -71,7 +74,7 @@ class Record:
         budget: (nnz + r(N + K)) / NK.
         share: Of the budget that went to U·V.
         rank: r.
-        way: "solved" or "tuned".
+        way: "solved", "joint" or "tuned".
         error: ‖(W − S − UV)X‖/‖WX‖ on inputs that were not solved on.
     """
 
@@ -114,7 +117,7 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
 def _layers(arguments: argparse.Namespace) -> Iterator[Layer]:
     real: list[Layer] = []
     for folder in arguments.model:
-        real += _real_layers(folder, arguments.text, arguments.tokens)
+        real += _real_layers(folder, arguments.text, arguments.tokens, arguments.layers)
         yield from real if arguments.real else ()
         if arguments.synthetic:  # only the first model is stretched
             break
@@ -122,7 +125,7 @@ def _layers(arguments: argparse.Namespace) -> Iterator[Layer]:
         yield from (_stretched(layer, width) for layer in real[: len(real) // 2])
 
 
-def _real_layers(folder: Path, text: Path, tokens: int) -> list[Layer]:
+def _real_layers(folder: Path, text: Path, tokens: int, pattern: str = "*") -> list[Layer]:
     """The linear layers of two blocks, with their inputs."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -139,7 +142,7 @@ def _real_layers(folder: Path, text: Path, tokens: int) -> list[Layer]:
         f"{index}.{name}": module
         for index in sorted(chosen)
         for name, module in blocks[index].named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and fnmatch.fnmatchcase(f"{index}.{name}", pattern)
     }
     inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
     for name, module in linears.items():
@@ -174,7 +177,7 @@ def _stretched(layer: Layer, width: int) -> Layer:
 
 
 def _measure(layer: Layer, arguments: argparse.Namespace, seen: set[tuple[Any, ...]]) -> Iterator[Record]:
-    from compress.methods import hassle_free, wanda
+    from compress.methods import hassle_free, three_basil, wanda
     from compress.methods.hassle_free import whitened_low_rank
     from compress.methods.linalg import damped
     from compress.rules import parse_rule
@@ -192,13 +195,13 @@ def _measure(layer: Layer, arguments: argparse.Namespace, seen: set[tuple[Any, .
                 nnz = room - rank * (N + K)
                 if (rule and nnz > rule.most(N, K)) or (share and not rank):
                     continue
-                for way in ("solved", "tuned"):
+                for way in arguments.ways:
                     record = Record(layer.model, layer.name, N, K, text, budget, share, rank, way, 0.0)
                     if _key(asdict(record)) in seen:
                         continue
                     torch.manual_seed(0)  # of the randomized SVD
-                    if way == "solved":
-                        _, S, U, V = hassle_free.solve(W, H, nnz, rank, rule)
+                    if way != "tuned":
+                        _, S, U, V = (three_basil if way == "joint" else hassle_free).solve(W, H, nnz, rank, rule)
                     else:
                         S = wanda.solve(W, H, nnz, 0, rule).S
                         U, V = whitened_low_rank(W - S, root, rank)
@@ -247,7 +250,7 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
     colours = {rule: f"C{index}" for index, rule in enumerate(dict.fromkeys(key[1] for key in groups))}
     for (model, rule, budget, way), errors in groups.items():
         axis = axes[budgets.index(budget)][models.index(model)]
-        style = "o-" if way == "solved" else "s--"
+        style = {"solved": "o-", "joint": "^-.", "tuned": "s--"}[way]
         relative = [error / errors[0.0] for error in errors.values()] if 0.0 in errors else []
         axis.plot(
             list(errors)[: len(relative)], relative, style, color=colours[rule], label=f"{rule}, {way}", markersize=3
@@ -272,6 +275,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.25])
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of the budget that goes to U·V")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--layers", default="*", help="only those whose names match, such as '*.q_proj'")
     parser.add_argument("--json", type=Path, help="records; what is in it is not solved again")
     parser.add_argument("--show", type=Path, metavar="JSON", help="only show these records")
     parser.add_argument("--plot", type=Path)
