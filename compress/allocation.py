@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.budget import LayerPlan, most_values, parameters
+from compress.budget import LayerPlan, most_rank, most_values, parameters
 from compress.importance import Importance
 from compress.rules import MaskRule
 
@@ -30,21 +30,22 @@ def allocate(
     shapes: dict[str, tuple[int, int]],
     weight: Callable[[str], Tensor],
     importance: dict[str, Importance],
-    value_bytes: int,
+    value_bits: int,
     choose_ranks: bool = False,
     rule: MaskRule | None = None,
     factor_cost: int = 1,
 ) -> dict[str, LayerPlan]:
     """Plans with the same total of values, ranks scaled with them. Layers that stay dense are left out of it.
 
-    A layer's bitmap and bias do not depend on its plan, so a total of values is a total of bytes, too.
+    A layer's bitmap and bias do not depend on its plan, so a total of values is a total of bytes, too. Where a number of
+    U or V takes more bytes than the values that it displaces, ranks are limited so that no layer grows above dense.
 
     Args:
         plans: The same share for every layer, by full name.
         shapes: (N, K) of every layer.
         weight: Reads the dense weight [N, K] of a layer.
         importance: Of every layer that is not left dense.
-        value_bytes: Of a stored value.
+        value_bits: Of a stored value.
         choose_ranks: Whether each layer gets the rank that pays (`paying_rank`) rather than its share of the plan's.
         factor_cost: How many values a number of U or V displaces (`compress.budget.factor_cost`).
         rule: No layer gets more values than it allows, unless its plan has more already.
@@ -55,7 +56,7 @@ def allocate(
     sizes = np.array([shapes[name][0] * shapes[name][1] for name in names])
     rooms = np.array([parameters(*shapes[name], plans[name].nnz, factor_cost * plans[name].rank) for name in names])
     mean = rooms.sum() / sizes.sum()
-    most = np.array([most_values(*shapes[name], value_bytes) for name in names])
+    most = np.array([most_values(*shapes[name], value_bits) for name in names])
     if rule:
         most = np.minimum(most, [rule.most(*shapes[name]) for name in names])
     low = np.floor(SLACK * mean * sizes).astype(np.int64)
@@ -80,42 +81,46 @@ def allocate(
         more = min(left, int(high[index] - shared[index]))
         shared[index] += more
         left -= more
+    most_ranks = {
+        name: most_rank(*shapes[name], room, value_bits, factor_cost)
+        for name, room in zip(names, shared.tolist(), strict=True)
+    }
     if choose_ranks:
         return plans | {
             name: _with_rank(
                 plans[name],
-                paying_rank(_scaled_weight(weight(name), importance[name]), room, factor_cost),
+                paying_rank(_scaled_weight(weight(name), importance[name]), room, factor_cost, most_ranks[name]),
                 factor_cost * sum(shapes[name]),
                 room,
             )
             for name, room in zip(names, shared.tolist(), strict=True)
         }
     return plans | {
-        name: _scaled(plans[name], shapes[name], int(old), int(new), factor_cost)
+        name: _scaled(plans[name], shapes[name], int(old), int(new), factor_cost, most_ranks[name])
         for name, old, new in zip(names, rooms, shared, strict=True)
     }
 
 
-def _scaled(plan: LayerPlan, shape: tuple[int, int], old: int, new: int, factor_cost: int) -> LayerPlan:
-    """A plan for `new` values in place of `old`, the rank in proportion."""
+def _scaled(plan: LayerPlan, shape: tuple[int, int], old: int, new: int, factor_cost: int, most: int) -> LayerPlan:
+    """A plan for `new` values in place of `old`, the rank in proportion and at most `most`."""
     N, K = shape
-    rank = min(plan.rank * new // max(old, 1), N, K)
+    rank = min(plan.rank * new // max(old, 1), most)
     nnz = new - rank * (N + K) * factor_cost
     if nnz > N * K:
         raise AssertionError(f"{nnz} values in a layer of {N}·{K}")
     return replace(plan, rank=rank, nnz=nnz)
 
 
-def paying_rank(A: Tensor, room: int, factor_cost: int = 1) -> int:
+def paying_rank(A: Tensor, room: int, factor_cost: int = 1, most: int = _MOST_DIRECTIONS) -> int:
     """The rank r, often 0, with the least loss where A = √F·W·d [N, K] gets r directions and the rest in values.
 
     That is room − r(N + K) of them, or more generally room − r(N + K)·factor_cost.
 
     The directions are the first of the SVD, the values the largest entries of the rest; the loss is the energy of what
-    remains. r is 0 or a power of two, and takes half of the room at most.
+    remains. r is 0 or a power of two, `most` at most, and takes half of the room at most.
     """
     N, K = A.shape
-    most = min(_MOST_DIRECTIONS, min(N, K), room // (2 * (N + K) * factor_cost))
+    most = min(most, _MOST_DIRECTIONS, min(N, K), room // (2 * (N + K) * factor_cost))
     ranks = [0] + [1 << i for i in range(most.bit_length())]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

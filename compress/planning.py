@@ -10,7 +10,7 @@ from compress.allocation import allocate
 from compress.architectures import linear_shape, linears, output_rows
 from compress.budget import LayerPlan, factor_cost, plan_layer, stored_bytes
 from compress.importance import Importance
-from compress.options import METHODS, VALUE_BYTES, CompressOptions
+from compress.options import METHODS, VALUE_BITS, CompressOptions
 from compress.rules import parse_rule
 from compress.source import Source
 from sslc_common.errors import InputError
@@ -53,19 +53,19 @@ def share_out(
         return output_rows(linear[name], source.read(f"{name}.weight"))
 
     free = options.rank is None and options.rank_share is None and METHODS[options.method].low_rank
-    value_bytes, rule = VALUE_BYTES[options.values_dtype], parse_rule(options.mask_rule)
+    value_bits, rule = VALUE_BITS[options.values_dtype], parse_rule(options.mask_rule)
     cost = factor_cost(options)
-    return allocate(plans, shapes, weight, importance, value_bytes, choose_ranks=free, rule=rule, factor_cost=cost)
+    return allocate(plans, shapes, weight, importance, value_bits, choose_ranks=free, rule=rule, factor_cost=cost)
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:
-    """Bytes of the tensors of the checkpoint that will be written."""
+    """Bytes of the tensors of the checkpoint that will be written, at most."""
     size = sum(ref.length for ref in source.checkpoint.tensors.values())
     for name, plan in plans.items():
         if not plan.dense_reason:
             N, K = linear_shape(source.model.get_submodule(name))
             size -= source.ref(f"{name}.weight").length
-            size += stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BYTES[options.values_dtype])
+            size += stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[options.values_dtype])
     return size
 
 

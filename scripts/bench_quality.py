@@ -252,7 +252,7 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    from compress.options import METHODS, VALUE_BYTES
+    from compress.options import METHODS, VALUE_BITS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face folder")
@@ -262,7 +262,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", type=float, help="default: 0.7 0.6 0.5 0.4")
     parser.add_argument("--budget-in", nargs="+", choices=["params", "bytes"], default=["params"])
     parser.add_argument("--mask-rule", default="free", help="for every method, as sslc-compress takes it")
-    parser.add_argument("--values-dtype", default="f32", choices=list(VALUE_BYTES), help="likewise")
+    parser.add_argument("--values-dtype", default="f32", choices=list(VALUE_BITS), help="likewise")
     parser.add_argument("--calibration-tokens", type=int, default=49152)
     parser.add_argument("--tokens", type=int, default=16384, help="of each held-out text")
     parser.add_argument("--folder", type=Path, help="for temporary files, some 2 GB for SmolLM2")
