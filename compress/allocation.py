@@ -37,8 +37,8 @@ def allocate(
 ) -> dict[str, LayerPlan]:
     """Plans with the same total of values, ranks scaled with them. Layers that stay dense are left out of it.
 
-    A layer's bitmap and bias do not depend on its plan, so a total of values is a total of bytes, too. Where a number of
-    U or V takes more bytes than the values that it displaces, ranks are limited so that no layer grows above dense.
+    A layer's bitmap and bias do not depend on its plan, so a total of values is a total of bytes, too. Where a number
+    of U or V takes more bytes than the values that it displaces, ranks are limited so that no layer grows above dense.
 
     Args:
         plans: The same share for every layer, by full name.
