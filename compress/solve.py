@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,7 +136,8 @@ def store_block(
         del stored[f"{full}.weight"]
         began = time.perf_counter()
         gram = inputs[layer].gram if layer in inputs else None
-        compressed = _to_stored(block.get_submodule(layer), gram, found.row_scale, options.values_dtype)  # type: ignore[arg-type]
+        with _seeded(full, options):
+            compressed = _to_stored(block.get_submodule(layer), gram, found.row_scale, options.values_dtype)  # type: ignore[arg-type]
         block.set_submodule(layer, compressed)
         names = ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",)))
         parts = {f"{full}.{part}": getattr(compressed, part) for part in names}
@@ -176,9 +179,7 @@ def _solve(
     With √F [N, 1], `row_scale`, the method sees diag(√F)·W: what it minimises over rows and columns is then weighted by
     how much the model's output depends on each output of the layer.
     """
-    with torch.random.fork_rng(devices=[]):
-        # A seed for each layer, not one for the run: a resumed run draws the same numbers.
-        torch.manual_seed(options.seed + zlib.crc32(name.encode()))
+    with _seeded(name, options):
         scale = torch.ones(W.shape[0], 1) if row_scale is None else row_scale
         rule = parse_rule(options.mask_rule)
         mask, S, U, V = SOLVERS[options.method](scale * W, gram, plan.nnz, plan.rank, rule)
@@ -187,6 +188,14 @@ def _solve(
         if not torch.isfinite(part).all():
             raise ArithmeticError(f"{options.method} made values of {name} that are not finite")
     return LowRankSparseLinear.from_parts(*pack(S, mask), U.contiguous(), V.contiguous(), bias)
+
+
+@contextmanager
+def _seeded(name: str, options: CompressOptions) -> Iterator[None]:
+    """A seed for each layer, not one for the run: a resumed run draws the same numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed + zlib.crc32(name.encode()))
+        yield
 
 
 def _to_stored(

@@ -134,6 +134,15 @@ def test_quantized_values_keep_the_budget_with_their_scales(
     )  # what int4 values do not waste though they could: half a nibble of 48
 
 
+def test_rounding_with_a_rank_draws_the_same_numbers_in_every_run(tmp_path, tiny_llama, tokens):
+    options, files = CompressOptions("oats", 0.9, values_dtype="int4", rank=1, refinement=0), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        compress_model(tiny_llama, tmp_path / str(seed), options, tokens=tokens)
+        files.append((tmp_path / str(seed) / "model-00001-of-00004.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_every_method_keeps_the_budget_and_reports_what_is_stored(tmp_path, tiny_llama, tokens, method, allocation):
