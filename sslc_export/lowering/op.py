@@ -165,8 +165,8 @@ def overload(values: ir.DataType | None) -> str:
 
 def function_body(overload: str = "") -> onnx.FunctionProto:
     """The operator as a model-local function of standard operators: what runs where our library is not loaded."""
-    main = {"": LowRankSparseLinear, WITH_SCALES: _with_scales, WITH_INT4: _with_int4}[overload]
-    scripts = (_sparse, _sparse_int4, _of_column, _linear, main)
+    bodies: dict[str, Any] = {"": LowRankSparseLinear, WITH_SCALES: _with_scales, WITH_INT4: _with_int4}
+    scripts = (_sparse, _sparse_int4, _of_column, _linear, bodies[overload])
     functions = [ir.serde.deserialize_function(script.to_function_proto()) for script in scripts]
     body = functions[-1]
     body.name, body.overload = OP_TYPE, overload
