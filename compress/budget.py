@@ -3,7 +3,9 @@
 Bytes are what the checkpoint stores, values, bitmap, U, V and the bias, over the dense weight and bias at the same
 value type. The papers' count, nnz + r(N + K) over NK, knows neither bitmap nor bias.
 
-With int8 values there is a float16 scale per row and 64 columns, and numbers of U and V take two bytes, not one.
+With int8 and int4 values there is a float16 scale per row and 64 columns, and numbers of U and V take two bytes. Each
+such block of int4 values begins at a whole byte, so that one with an odd number of them wastes half a byte. How many do
+is not known before the mask is: plans count all of them, so that no mask exceeds the budget.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from compress.options import METHODS, VALUE_BYTES, CompressOptions
+from compress.options import METHODS, VALUE_BITS, CompressOptions
 
 
 @dataclass(frozen=True)
@@ -29,25 +31,28 @@ class LayerPlan:
     dense_reason: str = ""
 
 
-def dense_bytes(N: int, K: int, value_bytes: int, bias_bytes: int = 0) -> int:
+def dense_bytes(N: int, K: int, value_bits: int, bias_bytes: int = 0) -> int:
     """Bytes of a dense layer."""
-    return N * K * value_bytes + bias_bytes
+    return -(-N * K * value_bits // 8) + bias_bytes
 
 
-def stored_bytes(N: int, K: int, nnz: int, rank: int, value_bytes: int, bias_bytes: int = 0) -> int:
-    """Bytes of a compressed layer in the checkpoint."""
-    values = nnz * value_bytes + rank * (N + K) * factor_bytes(value_bytes)
-    return fixed_bytes(N, K, value_bytes) + values + bias_bytes
+def stored_bytes(N: int, K: int, nnz: int, rank: int, value_bits: int, bias_bytes: int = 0) -> int:
+    """Bytes of a compressed layer in the checkpoint; with int4 values at most so many."""
+    values = -(-nnz * value_bits // 8) + rank * (N + K) * factor_bits(value_bits) // 8
+    return fixed_bytes(N, K, value_bits) + values + bias_bytes
 
 
-def factor_bytes(value_bytes: int) -> int:
-    """Bytes of one number of U or V."""
-    return max(value_bytes, 2)
+def factor_bits(value_bits: int) -> int:
+    """Bits of one number of U or V."""
+    return max(value_bits, 16)
 
 
-def fixed_bytes(N: int, K: int, value_bytes: int) -> int:
-    """Bytes that do not depend on the plan: the bitmap, and the scales of int8 values."""
-    return bitmap_bytes(N, K) + (N * 2 * ((K + 63) // 64) if value_bytes == 1 else 0)
+def fixed_bytes(N: int, K: int, value_bits: int) -> int:
+    """Bytes that do not depend on the plan: the bitmap, scales, and what the blocks of int4 values can waste."""
+    blocks = N * ((K + 63) // 64)
+    scales = 2 * blocks if value_bits <= 8 else 0
+    padding = -(-blocks // 2) if value_bits == 4 else 0
+    return bitmap_bytes(N, K) + scales + padding
 
 
 def bitmap_bytes(N: int, K: int) -> int:
@@ -60,9 +65,26 @@ def parameters(N: int, K: int, nnz: int, rank: int) -> int:
     return nnz + rank * (N + K)
 
 
-def most_values(N: int, K: int, value_bytes: int) -> int:
+def most_values(N: int, K: int, value_bits: int) -> int:
     """Values that a layer can hold, in S, U and V together, and still take fewer bytes than dense."""
-    return (dense_bytes(N, K, value_bytes) - fixed_bytes(N, K, value_bytes) - 1) // value_bytes
+    return 8 * (dense_bytes(N, K, value_bits) - fixed_bytes(N, K, value_bits) - 1) // value_bits
+
+
+def most_rank(N: int, K: int, room: int, value_bits: int, factor_cost: int) -> int:
+    """The largest rank with which a layer still takes fewer bytes than dense.
+
+    Args:
+        N: Outputs.
+        K: Inputs.
+        room: The layer's values, each number of U and V counted as `factor_cost` of them.
+        value_bits: Of a stored value.
+        factor_cost: See the function of this name.
+    """
+    more = factor_bits(value_bits) - factor_cost * value_bits  # bits of a number of U or V beyond what it displaces
+    if more <= 0:
+        return min(N, K)
+    spare = (most_values(N, K, value_bits) - room) * value_bits
+    return max(0, min(N, K, spare // ((N + K) * more)))
 
 
 def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) -> LayerPlan:
@@ -77,31 +99,31 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
     Returns:
         A plan within the budget, or one that says why the layer stays dense.
     """
-    value_bytes = VALUE_BYTES[options.values_dtype]
-    dense = dense_bytes(N, K, value_bytes, bias_bytes)
+    value_bits = VALUE_BITS[options.values_dtype]
+    dense = dense_bytes(N, K, value_bits, bias_bytes)
     if options.budget_in == "params":
         room = math.floor(options.budget * N * K)
     else:
-        room = (math.floor(options.budget * dense) - fixed_bytes(N, K, value_bytes) - bias_bytes) // value_bytes
+        room = 8 * (math.floor(options.budget * dense) - fixed_bytes(N, K, value_bits) - bias_bytes) // value_bits
     if room <= 0:
         return LayerPlan(
             dense_reason=f"a budget of {options.budget:g} leaves no room for values: "
-            f"what says where they are takes {fixed_bytes(N, K, value_bytes) / dense:.1%} of the dense bytes"
+            f"what says where they are takes {fixed_bytes(N, K, value_bits) / dense:.1%} of the dense bytes"
         )
     direction = (N + K) * factor_cost(options)
     rank = _rank(N, K, room / direction, options) if METHODS[options.method].low_rank else 0
     if rank * direction > room:
         return LayerPlan(dense_reason=f"rank {rank} takes {rank * direction} values, more than the budget's {room}")
     nnz = min(room - rank * direction, N * K)
-    if stored_bytes(N, K, nnz, rank, value_bytes, bias_bytes) >= dense:
+    if stored_bytes(N, K, nnz, rank, value_bits, bias_bytes) >= dense:
         return LayerPlan(dense_reason="compressed, it would take no fewer bytes than dense")
     return LayerPlan(rank, nnz)
 
 
 def factor_cost(options: CompressOptions) -> int:
-    """How many values of S a number of U or V displaces: 1, or 2 with int8 values and a budget in bytes."""
-    value_bytes = VALUE_BYTES[options.values_dtype]
-    return factor_bytes(value_bytes) // value_bytes if options.budget_in == "bytes" else 1
+    """How many values of S a number of U or V displaces: 1, or with a budget in bytes 2 for int8 and 4 for int4."""
+    value_bits = VALUE_BITS[options.values_dtype]
+    return factor_bits(value_bits) // value_bits if options.budget_in == "bytes" else 1
 
 
 def _rank(N: int, K: int, most: float, options: CompressOptions) -> int:

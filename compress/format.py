@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.int4 import packed_length, padding_is_zero
 from compress.layer import bitmap_words, unpack_mask
 from compress.shards import TensorRef, read_header, read_tensor
 from sslc_common.errors import InputError
@@ -22,8 +23,9 @@ from sslc_common.errors import InputError
 QUANT_METHOD = "sslc"
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
-VALUE_DTYPES = ("F32", "BF16", "I8")
-_FACTOR_DTYPES = {"F32": "F32", "BF16": "BF16", "I8": "BF16"}  # of U and V, by the dtype of the values
+VALUE_DTYPES = {"F32": "f32", "BF16": "bf16", "I8": "int8", "U8": "int4"}  # and what options call them
+_FACTOR_DTYPES = {"F32": "F32", "BF16": "BF16", "I8": "BF16", "U8": "BF16"}  # of U and V, by the dtype of the values
+_WITH_SCALES = ("I8", "U8")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -43,8 +45,10 @@ class LayerInfo:
         K: Inputs.
         rank: r, may be 0.
         nnz: Stored values of S.
-        dtype: Of values: "F32" or "BF16", as are U and V; or "I8", with U and V in BF16 and scales.
+        dtype: Of values: "F32" or "BF16", as are U and V; or "I8", or "U8" for packed int4, with U and V in BF16 and
+            scales.
         bias: dtype of the bias, or None.
+        packed: Bytes of packed int4 values; None for others.
     """
 
     N: int
@@ -53,6 +57,7 @@ class LayerInfo:
     nnz: int
     dtype: str
     bias: str | None
+    packed: int | None = None
 
     @property
     def density(self) -> float:
@@ -126,8 +131,17 @@ class Checkpoint:
             layer_name, _, part = name.rpartition(".")
             if part == "bitmap" and (layer := self.layers.get(layer_name)):
                 _verify_bitmap(tensor, name, ref, layer)
+                if layer.dtype == "U8":
+                    self._verify_int4(tensor, f"{layer_name}.values")
             if part == "scales" and layer_name in self.layers:
                 _verify_scales(tensor, name, ref)
+
+    def _verify_int4(self, bitmap: Tensor, name: str) -> None:
+        ref = self.tensors[name]
+        if (wanted := packed_length(bitmap)) != ref.shape[0]:
+            raise _damaged(ref.file, f"Tensor {name} has not the bytes that its bitmap says", ref.shape[0], str(wanted))
+        if not padding_is_zero(bitmap, self.read(name)):
+            raise _damaged(ref.file, f"Tensor {name} has bits set in the padding of a block", allowed="0 bits")
 
 
 def require_finite(tensor: Tensor, name: str, file: Path) -> None:
@@ -249,6 +263,9 @@ def _layer(folder: Path, name: str, entry: object, tensors: dict[str, TensorRef]
         raise _damaged(config, f"Layer {name} is not described by sizes", got=entry, allowed="N, K ≥ 1; rank, nnz ≥ 0")
     N, K, rank, nnz = numbers
     shapes = {"bitmap": (N, bitmap_words(K)), "values": (nnz,), "U": (N, rank), "V": (rank, K)}
+    packed = _packed_int4(name, nnz, N * bitmap_words(K) // 2, tensors)
+    if packed is not None:
+        shapes["values"] = (packed,)
     for part, shape in shapes.items():
         ref = tensors.get(f"{name}.{part}")
         if ref is None:
@@ -260,7 +277,7 @@ def _layer(folder: Path, name: str, entry: object, tensors: dict[str, TensorRef]
                 got=list(ref.shape),
                 allowed=str(list(shape)),
             )
-        dtypes = {"bitmap": ("I32",), "values": VALUE_DTYPES}.get(part, tuple(_FACTOR_DTYPES.values()))
+        dtypes = {"bitmap": ("I32",), "values": tuple(VALUE_DTYPES)}.get(part, ("F32", "BF16"))
         if ref.dtype not in dtypes:
             raise _damaged(ref.file, f"Tensor {name}.{part} has a wrong type", ref.dtype, " or ".join(dtypes))
     dtype = tensors[f"{name}.values"].dtype
@@ -273,17 +290,34 @@ def _layer(folder: Path, name: str, entry: object, tensors: dict[str, TensorRef]
     bias = tensors.get(f"{name}.bias")
     if bias is not None and (bias.shape != (N,) or bias.dtype not in _FLOATS):
         raise _damaged(bias.file, f"Tensor {name}.bias is wrong", f"{bias.dtype} {list(bias.shape)}", f"[{N}] floats")
-    return LayerInfo(N, K, rank, nnz, dtype, bias.dtype if bias else None)
+    return LayerInfo(N, K, rank, nnz, dtype, bias.dtype if bias else None, packed)
+
+
+def _packed_int4(name: str, nnz: int, blocks: int, tensors: dict[str, TensorRef]) -> int | None:
+    """The bytes of packed int4 values, which must be possible; None for values of another type. See `compress.int4`."""
+    ref = tensors.get(f"{name}.values")
+    if ref is None or ref.dtype != "U8":
+        return None
+    least, most = -(-nnz // 2), (nnz + min(nnz, blocks)) // 2  # no block, or every one, with an odd number of entries
+    if len(ref.shape) != 1 or not least <= ref.shape[0] <= most:
+        raise _damaged(
+            ref.file,
+            f"Tensor {name}.values has a shape that contradicts config.json",
+            got=list(ref.shape),
+            allowed=f"[{least}] to [{most}] for {nnz} int4 values",
+        )
+    return ref.shape[0]
 
 
 def _check_scales(config: Path, name: str, shape: tuple[int, int], dtype: str, tensors: dict[str, TensorRef]) -> None:
     ref = tensors.get(f"{name}.scales")
-    if dtype != "I8":
+    if dtype not in _WITH_SCALES:
         if ref is not None:
-            raise _damaged(ref.file, f"Tensor {name}.scales is there, though {name}.values are not int8", dtype, "I8")
+            fact = f"Tensor {name}.scales is there, though {name}.values are not int8 or int4"
+            raise _damaged(ref.file, fact, dtype, " or ".join(_WITH_SCALES))
         return
     if ref is None:
-        raise _damaged(config, f"Tensor {name}.scales is missing, though {name}.values are int8")
+        raise _damaged(config, f"Tensor {name}.scales is missing, though {name}.values are {VALUE_DTYPES[dtype]}")
     if ref.dtype != "F16" or ref.shape != shape:
         got = f"{ref.dtype} {list(ref.shape)}"
         raise _damaged(ref.file, f"Tensor {name}.scales is wrong", got, f"F16 {list(shape)}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.budget import stored_bytes
-from compress.int8 import round_to_int8
 from compress.layer import SCALE_GROUP, LowRankSparseLinear, pack
+from compress.quantize import round_to_nearest
 from compress.report import LayerReport
 from compress.shards import read_header, read_tensor, write_shard
 from compress.source import Source
@@ -64,7 +64,7 @@ def quantize_head(shard: Path, source: Source) -> LayerReport:
     if embedding:
         tensors.pop(f"{head}.weight", None)  # some files hold both
     N, K = W.shape
-    rounded, scales = round_to_int8(W)
+    rounded, scales = round_to_nearest(W, 8)
     bitmap, values = pack(rounded, torch.ones(N, K, dtype=torch.bool))
     parts = {
         "bitmap": bitmap,
@@ -75,5 +75,5 @@ def quantize_head(shard: Path, source: Source) -> LayerReport:
     }
     write_shard(shard, tensors | {f"{head}.{part}": tensor for part, tensor in parts.items()})
     return LayerReport(
-        head, N, K, rank=0, nnz=N * K, bytes=stored_bytes(N, K, N * K, 0, value_bytes=1), dense_bytes=W.nbytes
+        head, N, K, rank=0, nnz=N * K, bytes=stored_bytes(N, K, N * K, 0, value_bits=8), dense_bytes=W.nbytes
     )

@@ -28,6 +28,7 @@ _TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 
@@ -119,6 +120,7 @@ def replace_layers(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.
                 bias=info.bias is not None,
                 dtype=_TORCH_DTYPES[info.dtype],
                 bias_dtype=_TORCH_DTYPES[info.bias] if info.bias else None,
+                packed=info.packed,
             )
         model.set_submodule(name, layer)
     for name, holder in checkpoint.embeddings.items():

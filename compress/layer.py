@@ -3,8 +3,8 @@
     Y = X · (S + U·V)ᵀ + bias
 
 S is stored as a bitmap (one bit per entry, rows padded to whole 64 columns, LSB first: the "rows64" layout of
-docs/architecture.md) and the stored values in row-major order. Every other form of the operator, in ONNX, C++ or CUDA,
-is tested against this file.
+docs/architecture.md) and the stored values in row-major order, int4 ones two to a byte (`compress.int4`). Every other
+form of the operator, in ONNX, C++ or CUDA, is tested against this file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SCALE_GROUP = 64  # columns of a row that share one scale of int8 values
+from compress.int4 import block_counts, unpack_int4
+
+SCALE_GROUP = 64  # columns of a row that share one scale of int8 or int4 values
 
 # Multiplying eight bytes of 0 or 1 by this constant gathers them, first byte lowest, in the top byte of the product:
 # byte i (bit 8i) meets 2^(56-7i) and lands on bit 56+i; no other pair of bits reaches the top byte, and none collide.
@@ -59,11 +61,14 @@ def decode(bitmap: Tensor, values: Tensor, scales: Tensor | None, K: int, dtype:
 
     Args:
         bitmap: int32 [N, 2·⌈K/64⌉].
-        values: [nnz], floating or int8.
-        scales: [N, ⌈K/64⌉], what int8 values of a row and aligned 64 columns are multiplied with; None for floats.
+        values: [nnz], floating or int8; or uint8 [Σ ⌈c/2⌉], packed int4.
+        scales: [N, ⌈K/64⌉], what int8 and int4 values of a row and aligned 64 columns are multiplied with; None for
+            floats.
         K: Inputs of the layer.
         dtype: Of the result.
     """
+    if values.dtype == torch.uint8:
+        values = unpack_int4(bitmap, values)
     S = unpack(bitmap, values.to(dtype), K)
     if scales is None:
         return S
@@ -100,11 +105,11 @@ def low_rank_sparse_linear(
     Args:
         x: [..., K], the activations. Weights are converted to its dtype.
         bitmap: int32 [N, 2·⌈K/64⌉].
-        values: [nnz], the stored entries of S.
+        values: [nnz], the stored entries of S; or uint8, packed int4.
         U: [N, r]. r may be 0.
         V: [r, K].
         bias: [N] or None.
-        scales: [N, ⌈K/64⌉] for int8 values, else None.
+        scales: [N, ⌈K/64⌉] for int8 and int4 values, else None.
 
     Returns:
         [..., N] in the dtype of x.
@@ -137,8 +142,10 @@ class LowRankSparseLinear(nn.Module):
         nnz: Stored values of S.
         rank: r, may be 0.
         bias: Whether there is a bias.
-        dtype: Of values, U and V; with int8 values, which have scales, U and V are bfloat16.
+        dtype: Of values, U and V. With int8 values and with uint8 ones, which are packed int4, there are scales, and U
+            and V are bfloat16.
         bias_dtype: Of the bias; None for `dtype`.
+        packed: Bytes of packed int4 values.
     """
 
     bitmap: Tensor
@@ -153,17 +160,18 @@ class LowRankSparseLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
         bias_dtype: torch.dtype | None = None,
+        packed: int | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank, self.nnz = K, N, rank, nnz
         self.register_buffer("bitmap", torch.empty(N, bitmap_words(K), dtype=torch.int32))
-        self.values = _parameter(torch.empty(nnz, dtype=dtype))
-        int8 = dtype == torch.int8
-        factors = torch.bfloat16 if int8 else dtype
+        self.values = _parameter(torch.empty(nnz if packed is None else packed, dtype=dtype))
+        quantized = not dtype.is_floating_point
+        factors = torch.bfloat16 if quantized else dtype
         self.U = _parameter(torch.empty(N, rank, dtype=factors))
         self.V = _parameter(torch.empty(rank, K, dtype=factors))
         self.bias = _parameter(torch.empty(N, dtype=bias_dtype or factors)) if bias else None
-        scales = torch.empty(N, bitmap_words(K) // 2, dtype=torch.float16) if int8 else None
+        scales = torch.empty(N, bitmap_words(K) // 2, dtype=torch.float16) if quantized else None
         self.scales = None if scales is None else _parameter(scales)
         self._keep = False
         self._decoded: Tensor | None = None
@@ -179,8 +187,11 @@ class LowRankSparseLinear(nn.Module):
         scales: Tensor | None = None,
     ) -> LowRankSparseLinear:
         """A layer that uses the given tensors as they are."""
+        packed = len(values) if values.dtype == torch.uint8 else None
+        nnz = len(values) if packed is None else int(block_counts(bitmap).sum())
+        N, K, rank, dtype = U.shape[0], V.shape[1], U.shape[1], values.dtype
         with torch.device("meta"):
-            layer = cls(U.shape[0], V.shape[1], values.shape[0], U.shape[1], bias=bias is not None, dtype=values.dtype)
+            layer = cls(N, K, nnz, rank, bias=bias is not None, dtype=dtype, packed=packed)
         layer.bitmap = bitmap
         layer.values, layer.U, layer.V = _parameter(values), _parameter(U), _parameter(V)
         layer.bias = None if bias is None else _parameter(bias)

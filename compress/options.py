@@ -36,7 +36,8 @@ METHODS = {
     "svd_llm": MethodTraits(calibrated=True, low_rank=True),
     "fwsvd": MethodTraits(calibrated=True, low_rank=True),
 }
-VALUE_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
+VALUE_BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
+QUANTIZED = ("int8", "int4")  # values with a scale per row and 64 columns
 BUDGET_UNITS = ("bytes", "params")
 ALLOCATIONS = ("fisher", "uniform", "owl", "farms", "welore", "knapsack", "cap", "cap_reinforce")
 TEXT_ALLOCATIONS = ("owl", "knapsack", "cap", "cap_reinforce")  # cannot do without; fisher is uniform then
@@ -56,8 +57,8 @@ class CompressOptions:
         allocation: "fisher": one threshold for the whole model on the loss that each entry's removal would cause.
             "uniform": the same budget for every layer, as "fisher" without calibration text. The others are published
             ways, one file each in `compress.allocation`; "knapsack", "cap" and "cap_reinforce" choose ranks, too.
-        values_dtype: Type of values, U and V: "f32" or "bf16"; or "int8" for the values, with one float16 scale per row
-            and 64 columns, and bfloat16 for U and V.
+        values_dtype: Type of values, U and V: "f32" or "bf16"; or "int8" or "int4" for the values, with one float16
+            scale per row and 64 columns, and bfloat16 for U and V.
         head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for
             one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
         rank_share: Share of the room for values that goes to U and V; None for the rank that pays in each layer, often
@@ -106,7 +107,7 @@ class CompressOptions:
         object.__setattr__(self, "budget", parse_budget(self.budget))
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
         _one_of("Allocation", self.allocation, ALLOCATIONS)
-        _one_of("Type of the values", self.values_dtype, VALUE_BYTES)
+        _one_of("Type of the values", self.values_dtype, VALUE_BITS)
         _one_of("Treatment of the head", self.head, HEADS)
         _one_of("What is tuned", self.tuning_of, TUNED)
         parse_rule(self.mask_rule)
@@ -121,9 +122,9 @@ class CompressOptions:
                 allowed="rank 0",
                 do=f"Leave the rank out, or choose {_names(m for m, t in METHODS.items() if t.low_rank)}",
             )
-        if self.values_dtype == "int8" and self.tuning_minutes:
+        if self.values_dtype in QUANTIZED and self.tuning_minutes:
             raise InputError(
-                "Models with int8 values cannot be tuned yet",
+                f"Models with {self.values_dtype} values cannot be tuned yet",
                 got=f"{self.tuning_minutes:g} tuning minutes",
                 allowed="0",
                 do="Leave the tuning out, or store the values as bf16",

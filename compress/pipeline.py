@@ -1,8 +1,8 @@
 """From a dense folder to a compressed one, holding one decoder block at a time.
 
 Calibration is sequential: each block is solved on the hidden states that the compressed blocks before it produce, so
-that it sees, and can partly mend, their errors. Peak memory is one block, its Gram matrices or what refining it needs,
-and the hidden states of the calibration sequences, however many blocks there are.
+that it sees, and can partly mend, their errors. Peak memory is one block, its Gram matrices or what refining it needs
+(both with int8 and int4 values), and the hidden states of the calibration sequences, however many blocks there are.
 """
 
 from __future__ import annotations

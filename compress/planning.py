@@ -17,7 +17,7 @@ from compress.budget import LayerPlan, factor_cost, plan_layer, stored_bytes
 from compress.folder import write_json
 from compress.format import Progress, no_progress
 from compress.importance import Importance
-from compress.options import METHODS, VALUE_BYTES, CompressOptions
+from compress.options import METHODS, VALUE_BITS, CompressOptions
 from compress.rules import parse_rule
 from compress.source import Source
 from sslc_common.errors import InputError
@@ -99,7 +99,7 @@ def _problem(
         blocks={name: block for block in source.blocks for name in plans if name.startswith(f"{block}.")},
         weight=weight,
         importance=importance,
-        value_bytes=VALUE_BYTES[options.values_dtype],
+        value_bits=VALUE_BITS[options.values_dtype],
         choose_ranks=options.rank is None and options.rank_share is None and METHODS[options.method].low_rank,
         rule=parse_rule(options.mask_rule),
         factor_cost=factor_cost(options),
@@ -111,13 +111,13 @@ def _problem(
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:
-    """Bytes of the tensors of the checkpoint that will be written."""
+    """Bytes of the tensors of the checkpoint that will be written, at most."""
     size = sum(ref.length for ref in source.checkpoint.tensors.values())
     for name, plan in plans.items():
         if not plan.dense_reason:
             N, K = linear_shape(source.model.get_submodule(name))
             size -= source.ref(f"{name}.weight").length
-            size += stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BYTES[options.values_dtype])
+            size += stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[options.values_dtype])
     return size
 
 

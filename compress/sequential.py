@@ -17,7 +17,7 @@ from compress.folder import shard_name
 from compress.format import Progress
 from compress.importance import Importance, load_state
 from compress.layer import LowRankSparseLinear
-from compress.options import METHODS, CompressOptions
+from compress.options import METHODS, QUANTIZED, CompressOptions
 from compress.refinement import refine
 from compress.shards import read_header, read_tensor, write_shard
 from compress.solve import solve_block, store_block
@@ -71,11 +71,12 @@ def compress_blocks(
             if unfinished:
                 inputs: dict[str, LayerInputs] = {}
                 if hidden is not None:
-                    gram = METHODS[options.method].calibrated
+                    gram = METHODS[options.method].calibrated or options.values_dtype in QUANTIZED
                     inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
                 solved = solve_block(block, name, stored, inputs, importance, plans, options)
-                for seen in inputs.values():
-                    seen.gram = None
+                if options.values_dtype not in QUANTIZED:  # nothing but rounding needs them any more
+                    for seen in inputs.values():
+                        seen.gram = None
                 if hidden is not None and dense is not None:
                     F = load_state(work.folder / STATES, name)
                     refine(block, name, calls[index], hidden, dense, solving, F, options.refinement, options.seed)

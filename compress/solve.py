@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from compress.architectures import linears, output_rows
 from compress.blocks import LayerInputs
 from compress.budget import LayerPlan
 from compress.importance import Importance
-from compress.int8 import round_to_int8
+from compress.int4 import pack_int4
 from compress.layer import LowRankSparseLinear, pack, unpack, unpack_mask
 from compress.methods import (
     alps,
@@ -32,8 +34,11 @@ from compress.methods import (
     three_basil,
     wanda,
 )
-from compress.options import VALUE_BYTES, CompressOptions
+from compress.methods.solution import Solution
+from compress.options import QUANTIZED, VALUE_BITS, CompressOptions
+from compress.quantize import round_to_nearest
 from compress.report import LayerReport
+from compress.rounding import round_in_norm
 from compress.rules import MaskRule, parse_rule
 from compress.source import assign
 
@@ -50,7 +55,7 @@ SOLVERS: dict[str, Any] = {
     "svd_llm": svd_llm.solve,
     "fwsvd": fwsvd.solve,
 }
-_FACTOR_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,14 @@ class Solved:
         plan: What it holds; with a reason to stay dense, nothing was done.
         weight: [N, K], dense, in its stored type.
         seconds: Spent on solving it.
-        columns: [K], the mean square of its inputs; None without calibration.
+        row_scale: [N, 1], what the errors of its outputs are weighted with; None for ones.
         mask_cost: See LayerReport.
     """
 
     plan: LayerPlan
     weight: Tensor
     seconds: float = 0.0
-    columns: Tensor | None = None
+    row_scale: Tensor | None = None
     mask_cost: float | None = None
 
 
@@ -93,13 +98,13 @@ def solve_block(
             plan = replace(plan, nnz=rule.most(*weight.shape))
         began, W = time.perf_counter(), weight.float().contiguous()
         gram = inputs[layer].gram if layer in inputs else None
-        rows_fisher = importance[full].outputs if full in importance else None
-        block.set_submodule(layer, _solve(full, W, linear.bias, gram, rows_fisher, plan, options))  # type: ignore[arg-type]
+        scale = _row_scale(importance[full].outputs) if full in importance else None
+        block.set_submodule(layer, _solve(full, W, linear.bias, gram, scale, plan, options))  # type: ignore[arg-type]
         solved[layer] = Solved(
             plan,
             weight,
             time.perf_counter() - began,
-            None if gram is None else gram.diagonal().clone(),
+            scale,
             _mask_cost(W, gram, plan.nnz, rule) if rule else None,
         )
     return solved
@@ -113,22 +118,30 @@ def store_block(
     solved: dict[str, Solved],
     options: CompressOptions,
 ) -> list[LayerReport]:
-    """Puts a block into its stored form, in the module and in `stored`, which holds the dense block's tensors."""
-    rows, value_bytes = [], VALUE_BYTES[options.values_dtype]
+    """Puts a block into its stored form, in the module and in `stored`, which holds the dense block's tensors.
+
+    Values that are quantized are rounded in the norm of the layer's inputs where these have Gram matrices.
+    """
+    rows, value_bits = [], VALUE_BITS[options.values_dtype]
+    vectors = {tensor for tensor, value in stored.items() if value.ndim == 1}
     for layer, found in solved.items():
         full, plan = f"{name}.{layer}", found.plan
         bias = stored.get(f"{full}.bias")
         bias_bytes = 0 if bias is None else bias.numel() * bias.itemsize
         N, K = found.weight.shape
-        dense = budget.dense_bytes(N, K, value_bytes, bias_bytes)
+        dense = budget.dense_bytes(N, K, value_bits, bias_bytes)
         if plan.dense_reason:
             rows.append(LayerReport(full, N, K, 0, N * K, dense, dense, dense_reason=plan.dense_reason))
             continue
         del stored[f"{full}.weight"]
-        compressed = _to_stored(block.get_submodule(layer), found.columns, options.values_dtype)  # type: ignore[arg-type]
+        began = time.perf_counter()
+        gram = inputs[layer].gram if layer in inputs else None
+        with _seeded(full, options):
+            compressed = _to_stored(block.get_submodule(layer), gram, found.row_scale, options.values_dtype)  # type: ignore[arg-type]
         block.set_submodule(layer, compressed)
-        for part in ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",))):
-            stored[f"{full}.{part}"] = getattr(compressed, part)
+        names = ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",)))
+        parts = {f"{full}.{part}": getattr(compressed, part) for part in names}
+        stored.update(parts)
         rows.append(
             LayerReport(
                 full,
@@ -136,19 +149,19 @@ def store_block(
                 K,
                 plan.rank,
                 plan.nnz,
-                bytes=budget.stored_bytes(N, K, plan.nnz, plan.rank, value_bytes, bias_bytes),
+                bytes=sum(part.nbytes for part in parts.values()) + bias_bytes,
                 dense_bytes=dense,
                 error=_held_out_error(found.weight.float(), compressed, inputs[layer].held_out)
                 if layer in inputs
                 else None,
-                seconds=found.seconds,
+                seconds=found.seconds + time.perf_counter() - began,
                 mask_cost=found.mask_cost,
             )
         )
     for vector, parameter in list(block.named_parameters()):  # norms and biases, which refinement may have changed
-        if (dense_vector := stored.get(f"{name}.{vector}")) is not None and dense_vector.ndim == 1:
-            stored[f"{name}.{vector}"] = parameter.detach().to(dense_vector.dtype)
-            assign(block, vector, stored[f"{name}.{vector}"].float())
+        if (full := f"{name}.{vector}") in vectors:
+            stored[full] = parameter.detach().to(stored[full].dtype)
+            assign(block, vector, stored[full].float())
     return rows
 
 
@@ -157,19 +170,17 @@ def _solve(
     W: Tensor,
     bias: Tensor | None,
     gram: Tensor | None,
-    fisher: Tensor | None,
+    row_scale: Tensor | None,
     plan: LayerPlan,
     options: CompressOptions,
 ) -> LowRankSparseLinear:
     """One layer [N, K] in float32.
 
-    With F [N], `fisher`, the method sees diag(√F)·W: what it minimises over rows and columns is then weighted by how
-    much the model's output depends on each output of the layer.
+    With √F [N, 1], `row_scale`, the method sees diag(√F)·W: what it minimises over rows and columns is then weighted by
+    how much the model's output depends on each output of the layer.
     """
-    with torch.random.fork_rng(devices=[]):
-        # A seed for each layer, not one for the run: a resumed run draws the same numbers.
-        torch.manual_seed(options.seed + zlib.crc32(name.encode()))
-        scale = torch.ones(W.shape[0], 1) if fisher is None else _row_scale(fisher)
+    with _seeded(name, options):
+        scale = torch.ones(W.shape[0], 1) if row_scale is None else row_scale
         rule = parse_rule(options.mask_rule)
         mask, S, U, V = SOLVERS[options.method](scale * W, gram, plan.nnz, plan.rank, rule)
     S, U = S / scale, U / scale
@@ -179,15 +190,32 @@ def _solve(
     return LowRankSparseLinear.from_parts(*pack(S, mask), U.contiguous(), V.contiguous(), bias)
 
 
-def _to_stored(layer: LowRankSparseLinear, columns: Tensor | None, values_dtype: str) -> LowRankSparseLinear:
-    """A float32 layer with values, U and V of the types that are stored; `columns` are the weights of int8 rounding."""
-    U, V = (factor.detach().to(_FACTOR_DTYPES[values_dtype]) for factor in (layer.U, layer.V))
-    if values_dtype != "int8":
-        values = layer.values.detach().to(_FACTOR_DTYPES[values_dtype])
+@contextmanager
+def _seeded(name: str, options: CompressOptions) -> Iterator[None]:
+    """A seed for each layer, not one for the run: a resumed run draws the same numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed + zlib.crc32(name.encode()))
+        yield
+
+
+def _to_stored(
+    layer: LowRankSparseLinear, gram: Tensor | None, row_scale: Tensor | None, values_dtype: str
+) -> LowRankSparseLinear:
+    """A float32 layer with values, U and V of the types that are stored."""
+    values, U, V = layer.values.detach(), layer.U.detach(), layer.V.detach()
+    if values_dtype not in QUANTIZED:
+        values, U, V = (part.to(_DTYPES[values_dtype]) for part in (values, U, V))
         return LowRankSparseLinear.from_parts(layer.bitmap, values, U, V, layer.bias)
-    K = layer.in_features
-    rounded, scales = round_to_int8(unpack(layer.bitmap, layer.values.detach(), K), columns)
-    values = torch.masked_select(rounded, unpack_mask(layer.bitmap, K))
+    mask = unpack_mask(layer.bitmap, layer.in_features)
+    S, bits = unpack(layer.bitmap, values, layer.in_features), VALUE_BITS[values_dtype]
+    if gram is None:
+        rounded, scales = round_to_nearest(S, bits)
+        U, V = U.bfloat16(), V.bfloat16()
+    else:
+        rounded, scales, U, V = round_in_norm(Solution(mask, S, U, V), gram, bits, row_scale)
+    values = torch.masked_select(rounded, mask)
+    if values_dtype == "int4":
+        values = pack_int4(layer.bitmap, values)
     return LowRankSparseLinear.from_parts(layer.bitmap, values, U, V, layer.bias, scales)
 
 

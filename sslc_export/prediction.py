@@ -23,22 +23,23 @@ PREFILL_TOKENS = 512
 
 # Share of the read bandwidth at one token, from the layer of 4096 × 4096 with half of the parameters kept and from
 # SmolLM2 (docs/prediction.md). avx512_bf16 was measured, and avx512 is the same at one token. avx2 and portable: as
-# much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md). One thread of ONNX Runtime's dense
-# MatMul leaves more of its bandwidth unused than two.
+# much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md). int4 was not measured yet: it is taken
+# to be like int8, here and below. One thread of ONNX Runtime's dense MatMul leaves more of its bandwidth unused than
+# two.
 _DENSE_STREAM, _DENSE_STREAM_THREADS = 0.79, 0.92
 _STREAM = {
-    "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68},
-    "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68},
-    "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42},
-    "portable": {"f32": 0.14, "bf16": 0.06, "int8": 0.06},
+    "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
+    "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
+    "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42, "int4": 0.42},
+    "portable": {"f32": 0.14, "bf16": 0.06, "int8": 0.06, "int4": 0.06},
 }
 # Dense operations per second over ONNX Runtime's dense float32 ones, from 128 to 512 tokens, where half of the
 # parameters are kept (the same tables). f32 computes on what is kept only, the others on all of it.
 _COMPUTE = {
-    "avx512_bf16": {"f32": 1.25, "bf16": 1.65, "int8": 1.55},
-    "avx512": {"f32": 1.25, "bf16": 1.31, "int8": 1.05},
-    "avx2": {"f32": 0.87, "bf16": 0.80, "int8": 0.5},
-    "portable": {"f32": 0.37, "bf16": 0.31, "int8": 0.2},
+    "avx512_bf16": {"f32": 1.25, "bf16": 1.65, "int8": 1.55, "int4": 1.55},
+    "avx512": {"f32": 1.25, "bf16": 1.31, "int8": 1.05, "int4": 1.05},
+    "avx2": {"f32": 0.87, "bf16": 0.80, "int8": 0.5, "int4": 0.5},
+    "portable": {"f32": 0.37, "bf16": 0.31, "int8": 0.2, "int4": 0.2},
 }
 # Everything but linear layers, in seconds of one thread: per block and token at decode, and per block, token and hidden
 # feature at prefill. From SmolLM2-135M (docs/prediction.md).
@@ -55,7 +56,7 @@ class Part:
         N: Outputs.
         K: Inputs.
         bytes: That a token reads.
-        values: Type of the stored values: "f32", "bf16" or "int8"; None if it is dense, in float32.
+        values: Type of the stored values: "f32", "bf16", "int8" or "int4"; None if it is dense, in float32.
         kept: (nnz + r(N + K)) / NK; 1 if it is dense.
         reason: Why it is dense; empty if it is not, or if it never could be anything else.
     """
@@ -174,7 +175,7 @@ def predict_build(source: Path, options: CompressOptions, machine: Machine, *, c
         InputError: bad input, as `compress_model` would say.
     """
     from compress.budget import parameters, stored_bytes
-    from compress.options import VALUE_BYTES
+    from compress.options import VALUE_BITS
     from compress.planning import plan_model
     from compress.source import Source
 
@@ -185,12 +186,12 @@ def predict_build(source: Path, options: CompressOptions, machine: Machine, *, c
         plan = plans.get(name)
         if plan is None:  # the head
             kept = Part(name, N, K, 4 * N * K)
-            rounded = Part(name, N, K, stored_bytes(N, K, N * K, 0, 1), "int8")
+            rounded = Part(name, N, K, stored_bytes(N, K, N * K, 0, VALUE_BITS["int8"]), "int8")
             parts.append(rounded if options.head == "int8" else kept)
         elif plan.dense_reason:
             parts.append(Part(name, N, K, 4 * N * K, reason=plan.dense_reason))
         else:
-            size = stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BYTES[options.values_dtype])
+            size = stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[options.values_dtype])
             kept_share = parameters(N, K, plan.nnz, plan.rank) / (N * K)
             parts.append(Part(name, N, K, size, options.values_dtype, kept_share))
     predicted = Prediction(tuple(parts), *_size(dense.model.config), machine)
@@ -208,20 +209,19 @@ def predict_checkpoint(folder: Path, machine: Machine) -> Prediction:
         InputError: it is damaged.
     """
     from compress.architectures import skeleton
-    from compress.budget import parameters, stored_bytes
-    from compress.format import Checkpoint
-    from compress.options import VALUE_BYTES
+    from compress.budget import parameters
+    from compress.format import VALUE_DTYPES, Checkpoint
 
-    names = {"F32": "f32", "BF16": "bf16", "I8": "int8"}
     checkpoint, model, parts = Checkpoint.open(folder), skeleton(folder), []
     for name, N, K in _linears(model):
         layer = checkpoint.layers.get(name)
         if layer is None:
             parts.append(Part(name, N, K, 4 * N * K))
         else:
-            values = names[layer.dtype]
-            size = stored_bytes(N, K, layer.nnz, layer.rank, VALUE_BYTES[values])
-            parts.append(Part(name, N, K, size, values, parameters(N, K, layer.nnz, layer.rank) / (N * K)))
+            tensors = (f"{name}.{part}" for part in ("bitmap", "values", "scales", "U", "V"))
+            size = sum(checkpoint.tensors[tensor].length for tensor in tensors if tensor in checkpoint.tensors)
+            kept_share = parameters(N, K, layer.nnz, layer.rank) / (N * K)
+            parts.append(Part(name, N, K, size, VALUE_DTYPES[layer.dtype], kept_share))
     return Prediction(tuple(parts), *_size(model.config), machine)
 
 

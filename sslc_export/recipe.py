@@ -56,8 +56,10 @@ class CompressRecipe(_Recipe):
         description="fisher: layers share the budget by how much the model's output depends on them; uniform: the "
         "same for each; the others are published ways, see docs/methods.md",
     )
-    values_dtype: Literal["f32", "bf16", "int8"] = Field(
-        "f32", description="type of the stored values, U and V; with int8 values, U and V are bf16"
+    values_dtype: Literal["f32", "bf16", "int8", "int4"] = Field(
+        "f32",
+        description="type of the stored values, U and V; with int8 and int4 values, which have a scale per row and 64 "
+        "columns, U and V are bf16",
     )
     head: Literal["keep", "int8"] = Field(
         "keep",

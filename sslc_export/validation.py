@@ -36,7 +36,7 @@ _LIMITS = (
 _HARNESS_LENGTH = 2048  # tokens of a harness request, where the model can; what HFLM takes where it does not know
 _EXPLAIN_TOKENS = 64
 _HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
-_INT8_TOLERANCE = 1e-3  # 2e-5 were seen in a layer, 2e-4 in the logits of tiny models; a fault is far above it
+_QUANTIZED_TOLERANCE = 1e-3  # 2e-5 were seen in a layer, 2e-4 in the logits of tiny models; a fault is far above it
 _BF16_TOLERANCE = 2e-2  # 1.7e-3 is what rounding to bfloat16 does to a layer
 
 
@@ -211,8 +211,9 @@ def _limits_of_values(limits: Limits, checkpoint: Path, kernel: str | None) -> L
     from validate.limits import Limit
 
     types = {layer.dtype for layer in Checkpoint.open(checkpoint).layers.values()}
-    if "I8" in types:
-        limit = Limit(value=_INT8_TOLERANCE, reason="the kernel for int8 values rounds activations to 16 bits")
+    if types & {"I8", "U8"}:
+        reason = "the kernels for int8 and int4 values round activations to 16 bits"
+        limit = Limit(value=_QUANTIZED_TOLERANCE, reason=reason)
     elif "BF16" in types and kernel == "avx512_bf16":
         limit = Limit(
             value=_BF16_TOLERANCE,

@@ -14,8 +14,9 @@ import torch
 from compress.architectures import block_names, linears
 from compress.folder import shard_name, write_config, write_index
 from compress.hf import load
-from compress.int8 import round_to_int8
+from compress.int4 import pack_int4
 from compress.layer import pack
+from compress.quantize import round_to_nearest
 from compress.shards import write_shard
 from sslc_export.engines.pytorch import TorchEngine
 from sslc_export.lowering.lower import LoweringReport, lower
@@ -58,7 +59,7 @@ def lowered(
 def _lowered(family: str, compressed: bool, dtype: torch.dtype, overrides: tuple[tuple[str, object], ...]) -> Lowered:
     place = tempfile.TemporaryDirectory(prefix="sslc-tiny-")
     atexit.register(place.cleanup)
-    dense_dtype = torch.float32 if dtype == torch.int8 else dtype
+    dense_dtype = dtype if dtype.is_floating_point else torch.float32
     folder = save_tiny(Path(place.name) / "dense", family, dense_dtype, **{_layers_key(family): 2, **dict(overrides)})
     if compressed:
         folder = compress_at_random(folder, Path(place.name) / "compressed", dtype)
@@ -73,7 +74,7 @@ def compress_at_random(dense: Path, out: Path, dtype: torch.dtype = torch.float3
     """A compressed folder with random masks and factors.
 
     Of each block one layer stays dense. One has no low-rank part, one stores nothing, one stores everything.
-    With int8 values, U and V are bfloat16.
+    With int8 values, and with uint8 ones, which are packed int4, U and V are bfloat16.
     """
     model = load(dense)
     tensors = dict(model.state_dict())
@@ -92,15 +93,18 @@ def compress_at_random(dense: Path, out: Path, dtype: torch.dtype = torch.float3
             rank = 0 if index == 0 else 3 + index
             density = {1: 0.0, 2: 1.0}.get(index, 0.5)
             mask = torch.rand(N, K, generator=generator) < density
-            factors = dtype
-            if dtype == torch.int8:
+            factors, bits = dtype, {torch.int8: 8, torch.uint8: 4}.get(dtype)
+            if bits:
                 factors = torch.bfloat16
-                W, tensors[f"{name}.scales"] = round_to_int8(W * mask)
-            bitmap, values = pack(W.to(dtype), mask)
+                W, tensors[f"{name}.scales"] = round_to_nearest(W * mask, bits)
+            bitmap, values = pack(W if bits else W.to(dtype), mask)
+            nnz = len(values)
+            if bits == 4:
+                values = pack_int4(bitmap, values)
             tensors[f"{name}.bitmap"], tensors[f"{name}.values"] = bitmap, values
             tensors[f"{name}.U"] = (torch.randn(N, rank, generator=generator) * 0.1).to(factors)
             tensors[f"{name}.V"] = (torch.randn(rank, K, generator=generator) * 0.1).to(factors)
-            layers[name] = {"N": N, "K": K, "rank": rank, "nnz": values.numel()}
+            layers[name] = {"N": N, "K": K, "rank": rank, "nnz": nnz}
     out.mkdir()
     names = sorted(tensors)
     shards = {shard_name(0, 2): names[::2], shard_name(1, 2): names[1::2]}

@@ -71,12 +71,13 @@ def exact_plans(problem: Problem, shares: Shares) -> dict[str, LayerPlan]:
 def _plan(problem: Problem, index: int, room: int, rank: int | None) -> LayerPlan:
     """A plan of that room: with the rank given, else with the rank that pays, or else with the rank in proportion."""
     name, direction = problem.names[index], int(problem.directions[index])
-    old, shape = problem.plans[name], problem.shapes[name]
+    old, shape, most = problem.plans[name], problem.shapes[name], problem.most_rank(index, room)
     if rank is None and problem.choose_ranks:
         A = scaled_weight(problem.weight(name), problem.importance[name])
-        rank = paying_rank(A, room, problem.factor_cost, problem.rule)
+        rank = paying_rank(A, room, problem.factor_cost, problem.rule, most)
     elif rank is None:
-        rank = min(old.rank * room // max(int(problem.planned[index]), 1), *shape)
+        rank = old.rank * room // max(int(problem.planned[index]), 1)
+    rank = min(rank, most)
     nnz = room - rank * direction
     if not 0 <= nnz <= problem.sizes[index]:
         raise AssertionError(f"{nnz} values in a layer of {shape}")

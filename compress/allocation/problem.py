@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.budget import LayerPlan, most_values, parameters
+from compress.budget import LayerPlan, most_rank, most_values, parameters
 from compress.format import Progress, no_progress
 from compress.importance import Importance
 from compress.rules import MaskRule
@@ -37,7 +37,8 @@ class Shares(NamedTuple):
 class Problem:
     """Layers and their budget.
 
-    A layer's bitmap and bias do not depend on its plan, so a total of values is a total of bytes, too.
+    A layer's bitmap and bias do not depend on its plan, so a total of values is a total of bytes, too. Where a number
+    of U or V takes more bytes than the values that it displaces, `most_rank` keeps layers from growing above dense.
 
     Attributes:
         plans: The same share for every layer, by full name. Layers that stay dense are left out of everything.
@@ -45,7 +46,7 @@ class Problem:
         blocks: Name of every layer's decoder block.
         weight: Reads the dense weight [N, K] of a layer.
         importance: Of every layer that is not left dense; empty without calibration text.
-        value_bytes: Of a stored value.
+        value_bits: Of a stored value.
         choose_ranks: Whether each layer gets the rank that pays rather than its share of the plan's.
         rule: No layer gets more values in S than it allows, unless its plan has more already.
         factor_cost: How many values a number of U or V displaces (`compress.budget.factor_cost`).
@@ -60,7 +61,7 @@ class Problem:
     blocks: Mapping[str, str]
     weight: Callable[[str], Tensor]
     importance: Mapping[str, Importance]
-    value_bytes: int
+    value_bits: int
     choose_ranks: bool = False
     rule: MaskRule | None = None
     factor_cost: int = 1
@@ -104,12 +105,16 @@ class Problem:
             joint: Whether ranks are chosen together with the rooms. The mask rule then bounds S, not the room.
         """
         mean = self.planned.sum() / self.sizes.sum()
-        most = np.array([most_values(*self.shapes[name], self.value_bytes) for name in self.names])
+        most = np.array([most_values(*self.shapes[name], self.value_bits) for name in self.names])
         if not joint:
             most = np.minimum(most, self.most_entries)
         # A layer whose plan passes the upper limit already (full rank, say) keeps what it has.
         high = np.maximum(np.minimum((1 - SLACK / 2 * (1 - mean)) * self.sizes, most), self.planned).astype(np.int64)
         return np.minimum(np.floor(SLACK * mean * self.sizes).astype(np.int64), high), high
+
+    def most_rank(self, index: int, room: int) -> int:
+        """The largest rank that a layer of that room may have."""
+        return most_rank(*self.shapes[self.names[index]], room, self.value_bits, self.factor_cost)
 
     def block_members(self) -> dict[str, list[int]]:
         """For each block, its layers as indices of `names`."""

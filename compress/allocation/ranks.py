@@ -18,12 +18,15 @@ _MOST_DIRECTIONS = 256  # of one layer that are looked at
 _OVERSAMPLING = 8
 
 
-def paying_rank(A: Tensor, room: int, factor_cost: int = 1, rule: MaskRule | None = None) -> int:
+def paying_rank(
+    A: Tensor, room: int, factor_cost: int = 1, rule: MaskRule | None = None, most: int = _MOST_DIRECTIONS
+) -> int:
     """The rank r, often 0, with the least loss where A gets r directions and room − r(N + K)·factor_cost values.
 
-    r is 0 or a power of two, and takes half of the room at most. The tighter the mask rule, the sooner it pays.
+    r is 0 or a power of two, `most` at most, and takes half of the room at most. The tighter the mask rule, the sooner
+    it pays.
     """
-    ranks = candidate_ranks(A, room, factor_cost)
+    ranks = [rank for rank in candidate_ranks(A, room, factor_cost) if rank <= most]
     parts = leading(A, ranks[-1])
 
     def loss(rank: int) -> float:

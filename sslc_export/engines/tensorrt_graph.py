@@ -22,7 +22,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from compress.int4 import unpack_int4
 from plugins_trt import pack
 from plugins_trt.library import NAME, NAMESPACE, VERSION
 from sslc_export.lowering import names
@@ -160,6 +162,11 @@ def _array(node: ir.Node, name: str) -> np.ndarray:
     return value.const_value.numpy()  # type: ignore[union-attr]
 
 
+def _int8(bitmap: np.ndarray, packed: np.ndarray) -> np.ndarray:
+    """Packed int4 values as int8 ones: the plugin has no kernel for fewer bits, and the scales are the same."""
+    return unpack_int4(*(torch.from_numpy(np.array(array)) for array in (bitmap, packed))).numpy()
+
+
 def _has_scales(node: ir.Node) -> bool:
     return len(node.inputs) > names.INPUTS.index("scales")
 
@@ -170,6 +177,8 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node], choice: pack.Choice, type: str,
     for node in nodes:
         given = names.INPUTS[1 : len(node.inputs)]
         array = {name: _array(node, name) for name in given}
+        if array["values"].dtype == np.uint8:
+            array["values"] = _int8(array["bitmap"], array["values"])
         layers.append(
             pack.pack_layer(
                 array["bitmap"],

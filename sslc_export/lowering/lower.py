@@ -130,12 +130,14 @@ def _name_our_nodes(model: ir.Model) -> tuple[str, ...]:
 
 def _describe(model: ir.Model, checkpoint: Checkpoint, dense_layers: tuple[str, ...]) -> None:
     """Adds the operator's body and says where the model comes from."""
-    bodies = [ir.serde.deserialize_function(op.function_body(scales)) for scales in (False, True)]
     for node in model.graph:
         if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE):
-            body = bodies[len(node.inputs) > names.INPUTS.index("scales")]
-            node.overload = body.overload
-            model.functions[body.identifier()] = body
+            values = node.inputs[names.INPUTS.index("values")]
+            assert values is not None
+            node.overload = op.overload(values.dtype)
+            if node.op_identifier() not in model.functions:
+                body = ir.serde.deserialize_function(op.function_body(node.overload))
+                model.functions[body.identifier()] = body
     model.opset_imports[names.DOMAIN] = names.VERSION
     model.graph.name = str(checkpoint.config["model_type"])
     model.producer_name, model.producer_version = "sslc-export", __version__

@@ -5,8 +5,9 @@ DOMAIN = "sslc"
 OP_TYPE = "LowRankSparseLinear"
 VERSION = 1
 LAYOUT = "rows64"
-WITH_SCALES = "scales"  # the overload of the body for nodes that have them
-INPUTS = ("X", "bitmap", "values", "U", "V", "bias", "scales")  # the last only with int8 values
+WITH_SCALES = "scales"  # the overload of the body for nodes with int8 values, which have scales
+WITH_INT4 = "int4"  # the overload for nodes with packed int4 values, which have scales, too
+INPUTS = ("X", "bitmap", "values", "U", "V", "bias", "scales")  # the last only with int8 and int4 values
 
 # Graph inputs and outputs beside input_ids, attention_mask and position_ids.
 LOGITS = "logits"

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxscript
 from onnx_ir.passes.common import InlinePass
 
-from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION, WITH_SCALES
+from sslc_export.lowering.names import DOMAIN, LAYOUT, OP_TYPE, VERSION, WITH_INT4, WITH_SCALES
 
 # Opset 23 has Attention, RMSNormalization and RotaryEmbedding. The exporter decomposes them for older opsets,
 # and loses two of the three again for 24 (torch 2.13).
@@ -46,6 +46,40 @@ def _sparse(bitmap, values, K, rows):
 
 
 @onnxscript.script(_OPSET, default_opset=op)
+def _sparse_int4(bitmap, values, K, rows):
+    """The same for int4 values, two to a byte; every block (64 columns of a row) begins with a byte of its own."""
+    bits = op.BitwiseAnd(op.Unsqueeze(bitmap, op.Constant(value_ints=[-1])), op.Constant(value=_BIT_MASKS))
+    stored = op.Cast(op.Cast(bits, to=onnx.TensorProto.BOOL), to=onnx.TensorProto.INT32)
+    blocks = op.Reshape(stored, op.Constant(value_ints=[-1, 64]))
+
+    # Entry i of a block is its i-th nibble, counted from 1, after twice the bytes of the blocks before it.
+    counts = op.ReduceSum(blocks, op.Constant(value_ints=[1]), keepdims=1)
+    one, two = op.Constant(value_int=1), op.Constant(value_int=2)
+    octets = op.Cast((op.Cast(counts, to=onnx.TensorProto.INT64) + one) / two, to=onnx.TensorProto.INT32)
+    before = op.CumSum(octets, op.Constant(value_int=0), exclusive=1)
+    position = (before + before + op.CumSum(blocks, op.Constant(value_int=1))) * blocks
+
+    low = op.BitwiseAnd(values, op.Cast(op.Constant(value_int=15), to=onnx.TensorProto.UINT8))
+    high = op.BitShift(values, op.Cast(op.Constant(value_int=4), to=onnx.TensorProto.UINT8), direction="RIGHT")
+    last = op.Constant(value_ints=[-1])
+    nibbles = op.Reshape(op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1), last)
+    # Two's complement: the upper half of 0 to 15 is negative.
+    flipped = op.BitwiseXor(nibbles, op.Cast(op.Constant(value_int=8), to=onnx.TensorProto.UINT8))
+    signed = op.Cast(flipped, to=onnx.TensorProto.FLOAT) - op.Constant(value_float=8.0)
+    with_zero = op.Concat(op.Constant(value_floats=[0.0]), signed, axis=0)
+    padded = op.Reshape(op.Gather(with_zero, position), rows)
+    return op.Slice(padded, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
+
+
+@onnxscript.script(_OPSET, default_opset=op)
+def _of_column(scales, K, rows):
+    """Scales [N, ⌈K/64⌉] as [N, K]: each serves 64 columns, the last of a row perhaps fewer."""
+    wide = op.Unsqueeze(op.Cast(scales, to=onnx.TensorProto.FLOAT), op.Constant(value_ints=[-1]))
+    columns = op.Reshape(op.Expand(wide, op.Constant(value_ints=[1, 1, 64])), rows)
+    return op.Slice(columns, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
+
+
+@onnxscript.script(_OPSET, default_opset=op)
 def _linear(X, S, U, V, bias, K, N):
     """Y = X · (S + U·V)ᵀ + bias for X of any number of dimensions."""
     # Gemm, because it takes its second factor transposed: a Transpose of S would be one more copy of it in memory.
@@ -69,15 +103,22 @@ def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, l
 @onnxscript.script(_OPSET, default_opset=op)
 def _with_scales(X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT):
     """The same with int8 values and one scale per row and aligned 64 columns."""
-    # (A function cannot ask whether an input is there, hence two of them.)
+    # (A function cannot ask whether an input is there, nor for its type, hence three of them.)
     N = op.Shape(bias)
     K = op.Shape(V, start=1)
     rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
-    # Each scale serves 64 columns; the last of a row perhaps fewer.
-    wide = op.Unsqueeze(op.Cast(scales, to=onnx.TensorProto.FLOAT), op.Constant(value_ints=[-1]))
-    columns = op.Reshape(op.Expand(wide, op.Constant(value_ints=[1, 1, 64])), rows)
-    of_column = op.Slice(columns, op.Constant(value_ints=[0]), K, op.Constant(value_ints=[1]))
-    S = _sparse(bitmap, values, K, rows) * of_column
+    S = _sparse(bitmap, values, K, rows) * _of_column(scales, K, rows)
+    Y = _linear(X, S, U, V, bias, K, N)
+    return Y  # noqa: RET504 - the name becomes the output's
+
+
+@onnxscript.script(_OPSET, default_opset=op)
+def _with_int4(X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT):
+    """The same with packed int4 values."""
+    N = op.Shape(bias)
+    K = op.Shape(V, start=1)
+    rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
+    S = _sparse_int4(bitmap, values, K, rows) * _of_column(scales, K, rows)
     Y = _linear(X, S, U, V, bias, K, N)
     return Y  # noqa: RET504 - the name becomes the output's
 
@@ -99,8 +140,12 @@ _SCHEMA = onnx.defs.OpSchema(
     ],
     outputs=[_input("Y", "tensor(float)")],
     type_constraints=[
-        ("T", ["tensor(float)", "tensor(bfloat16)", "tensor(int8)"], "the stored type of the values"),
-        ("TFactor", ["tensor(float)", "tensor(bfloat16)"], "that of U and V: T, or bfloat16 where T is int8"),
+        (
+            "T",
+            ["tensor(float)", "tensor(bfloat16)", "tensor(int8)", "tensor(uint8)"],
+            "the stored type of the values; uint8 is packed int4",
+        ),
+        ("TFactor", ["tensor(float)", "tensor(bfloat16)"], "that of U and V: T, or bfloat16 where T is an integer"),
     ],
     attributes=[
         _attribute("version", onnx.defs.OpSchema.AttrType.INT, required=False),
@@ -113,17 +158,18 @@ _SCHEMA = onnx.defs.OpSchema(
 node = onnxscript.values.Op(_OPSET, OP_TYPE, _SCHEMA)
 
 
-def function_body(scales: bool = False) -> onnx.FunctionProto:
-    """The operator as a model-local function of standard operators: what runs where our library is not loaded.
+def overload(values: ir.DataType | None) -> str:
+    """The overload of the function body for nodes with values of a type; a model may have several."""
+    return {ir.DataType.INT8: WITH_SCALES, ir.DataType.UINT8: WITH_INT4}.get(values, "")  # type: ignore[arg-type]
 
-    Args:
-        scales: For nodes with int8 values, which have scales, rather than for those without. It is an overload, since
-            a model may have both.
-    """
-    scripts = (_sparse, _linear, _with_scales if scales else LowRankSparseLinear)
+
+def function_body(overload: str = "") -> onnx.FunctionProto:
+    """The operator as a model-local function of standard operators: what runs where our library is not loaded."""
+    bodies: dict[str, Any] = {"": LowRankSparseLinear, WITH_SCALES: _with_scales, WITH_INT4: _with_int4}
+    scripts = (_sparse, _sparse_int4, _of_column, _linear, bodies[overload])
     functions = [ir.serde.deserialize_function(script.to_function_proto()) for script in scripts]
     body = functions[-1]
-    body.name, body.overload = OP_TYPE, WITH_SCALES if scales else ""
+    body.name, body.overload = OP_TYPE, overload
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}), ir_version=10, functions=functions)
     InlinePass(lambda function: function.name != OP_TYPE)(model)
     return ir.serde.serialize_function(body)

@@ -30,6 +30,7 @@ _TYPES = {
     "BF16": ir.DataType.BFLOAT16,
     "I32": ir.DataType.INT32,
     "I8": ir.DataType.INT8,
+    "U8": ir.DataType.UINT8,
 }
 
 

@@ -8,8 +8,9 @@ from compress.allocation.farms import hill, tail_exponent
 from compress.allocation.knapsack import Option, lower_hull
 from compress.allocation.problem import SLACK, Problem
 from compress.allocation.ranks import paying_rank
-from compress.budget import LayerPlan, parameters, stored_bytes
+from compress.budget import LayerPlan, parameters, plan_layer, stored_bytes
 from compress.importance import Importance
+from compress.options import CompressOptions
 from compress.rules import MaskRule
 
 SHAPES = {"a": (40, 64), "b": (64, 100), "c": (8, 16), "d": (64, 64)}
@@ -25,10 +26,10 @@ def share(plans, name):
     return parameters(*SHAPES[name], plans[name].nnz, plans[name].rank) / (SHAPES[name][0] * SHAPES[name][1])
 
 
-def shared_by(name, plans, weights, importance, value_bytes=4, **rest):
+def shared_by(name, plans, weights, importance, value_bits=32, **rest):
     """Plans of the allocation of that name, with every layer in a block of its own."""
     blocks = {layer: layer for layer in SHAPES}
-    return allocate(name, Problem(plans, SHAPES, blocks, weights.__getitem__, importance, value_bytes, **rest))
+    return allocate(name, Problem(plans, SHAPES, blocks, weights.__getitem__, importance, value_bits, **rest))
 
 
 def problem(budget=0.5, rank=0):
@@ -44,18 +45,18 @@ def problem(budget=0.5, rank=0):
 @pytest.mark.parametrize("name", ONE_LAYER_AT_A_TIME)
 @pytest.mark.parametrize("budget", [0.05, 0.3, 0.5, 0.9, 0.95])
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("value_bytes", [2, 4])
-def test_the_total_is_kept_and_no_layer_is_larger_than_dense(name, budget, rank, value_bytes):
+@pytest.mark.parametrize("value_bits", [16, 32])
+def test_the_total_is_kept_and_no_layer_is_larger_than_dense(name, budget, rank, value_bits):
     plans, weights, importance = problem(budget, rank if budget > 0.2 else 0)
     importance["a"] = Importance(torch.full((40,), 1e3), torch.ones(64))
-    shared = shared_by(name, plans, weights, importance, value_bytes)
+    shared = shared_by(name, plans, weights, importance, value_bits)
     assert shared["d"] == plans["d"]
     before, after = (sum(parameters(*SHAPES[n], p[n].nnz, p[n].rank) for n in "abc") for p in (plans, shared))
     assert after == before
     for layer in "abc":
         N, K = SHAPES[layer]
-        stored, planned = (stored_bytes(N, K, p[layer].nnz, p[layer].rank, value_bytes) for p in (shared, plans))
-        assert stored < N * K * value_bytes or stored <= planned
+        stored, planned = (stored_bytes(N, K, p[layer].nnz, p[layer].rank, value_bits) for p in (shared, plans))
+        assert stored < N * K * value_bits / 8 or stored <= planned
         assert shared[layer].nnz >= 0
 
 
@@ -78,6 +79,25 @@ def test_no_layer_gets_more_values_than_the_mask_rule_allows():
     shared = shared_by("fisher", plans, weights, importance, rule=MaskRule(32, 64))
     assert share(shared, "a") == 0.5
     assert sum(shared[n].nnz for n in "abc") == sum(plans[n].nnz for n in "abc")
+
+
+@pytest.mark.parametrize("choose_ranks", [False, True])
+@pytest.mark.parametrize("value_bits", [8, 4])
+def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_dense(value_bits, choose_ranks):
+    shapes = dict.fromkeys("ab", (512, 640))
+    g = torch.Generator().manual_seed(0)
+    # Almost nothing but a few directions: a rank pays.
+    weights = {name: torch.randn(512, 60, generator=g) @ torch.randn(60, 640, generator=g) for name in shapes}
+    options = CompressOptions(budget=0.5, budget_in="params", rank_share=0.1, values_dtype=f"int{value_bits}")
+    plans = {name: plan_layer(*shape, options) for name, shape in shapes.items()}
+    importance = {name: Importance(torch.full((512,), f), torch.ones(640)) for name, f in (("a", 4.0), ("b", 1.0))}
+    blocks = dict.fromkeys(shapes, "block")
+    problem = Problem(plans, shapes, blocks, weights.__getitem__, importance, value_bits, choose_ranks)
+    shared = allocate("fisher", problem)
+    assert max(plan.rank for plan in shared.values()) > 0
+    for name, plan in shared.items():
+        assert stored_bytes(*shapes[name], plan.nnz, plan.rank, value_bits) < 512 * 640 * value_bits / 8
+    assert sum(p.nnz + p.rank * 1152 for p in shared.values()) == sum(p.nnz + p.rank * 1152 for p in plans.values())
 
 
 def test_equal_layers_keep_about_the_same():

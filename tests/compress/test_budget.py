@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.budget import dense_bytes, parameters, plan_layer, stored_bytes
+from compress.budget import dense_bytes, factor_cost, parameters, plan_layer, stored_bytes
+from compress.int4 import pack_int4
 from compress.layer import pack
-from compress.options import METHODS, VALUE_BYTES, CompressOptions, parse_budget
+from compress.options import METHODS, VALUE_BITS, CompressOptions, parse_budget
 from sslc_common.errors import InputError
 
 
@@ -49,7 +50,7 @@ def test_options_out_of_range_are_the_users_error(wrong):
     K=st.integers(1, 3000),
     budget=st.floats(0.001, 1.0),
     unit=st.sampled_from(["bytes", "params"]),
-    dtype=st.sampled_from(["f32", "bf16", "int8"]),
+    dtype=st.sampled_from(list(VALUE_BITS)),
     share=st.floats(0, 1),
     rank=st.sampled_from([None, 0, 16, 5000]),
     bias_bytes=st.sampled_from([0, 4]),
@@ -61,7 +62,7 @@ def test_a_plan_never_exceeds_its_budget_nor_wastes_it(N, K, budget, unit, dtype
     options = CompressOptions(
         method=method, budget=budget, budget_in=unit, values_dtype=dtype, rank_share=share, rank=rank
     )
-    size, bias = VALUE_BYTES[dtype], bias_bytes * N
+    size, bias = VALUE_BITS[dtype], bias_bytes * N
     plan = plan_layer(N, K, options, bias)
     dense = dense_bytes(N, K, size, bias)
     if plan.dense_reason:
@@ -76,8 +77,8 @@ def test_a_plan_never_exceeds_its_budget_nor_wastes_it(N, K, budget, unit, dtype
         (stored, budget * dense) if unit == "bytes" else (parameters(N, K, plan.nnz, plan.rank), budget * N * K)
     )
     assert used <= room
-    # Nothing is left over but what is smaller than one value, unless S is full.
-    assert plan.nnz == N * K or room - used < (size if unit == "bytes" else 1) + 1e-6 * room
+    # Nothing is left over but what is smaller than one value, or than one byte, unless S is full.
+    assert plan.nnz == N * K or room - used < (max(size // 8, 1) if unit == "bytes" else 1) + 1e-6 * room
 
 
 def test_stored_bytes_are_the_bytes_of_the_tensors():
@@ -85,7 +86,7 @@ def test_stored_bytes_are_the_bytes_of_the_tensors():
     bitmap, values = pack(S, torch.rand(7, 100) < 0.5)
     tensors = (bitmap, values, torch.zeros(7, 3), torch.zeros(3, 100), torch.zeros(7))
     size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    assert stored_bytes(7, 100, len(values), 3, 4, bias_bytes=28) == size
+    assert stored_bytes(7, 100, len(values), 3, 32, bias_bytes=28) == size
 
 
 @pytest.mark.parametrize(
@@ -112,4 +113,21 @@ def test_stored_bytes_with_int8_values_count_scales_and_factors_of_two_bytes():
     bitmap, values = pack(S, torch.rand(7, 100) < 0.5)
     factors = (torch.zeros(7, 3).bfloat16(), torch.zeros(3, 100).bfloat16(), torch.zeros(7, 2).half())
     size = sum(tensor.numel() * tensor.itemsize for tensor in (bitmap, values, *factors))
-    assert stored_bytes(7, 100, len(values), 3, 1) == size
+    assert stored_bytes(7, 100, len(values), 3, 8) == size
+
+
+@settings(max_examples=100, deadline=None)
+@given(N=st.integers(1, 40), K=st.integers(1, 200), density=st.floats(0, 1), seed=st.integers(0, 99))
+def test_int4_values_take_no_more_bytes_than_planned_and_little_less(N, K, density, seed):
+    mask = torch.rand(N, K, generator=torch.Generator().manual_seed(seed)) < density
+    bitmap, values = pack(torch.ones(N, K, dtype=torch.int8), mask)
+    tensors = (bitmap, pack_int4(bitmap, values), torch.zeros(N, -(-K // 64)).half())
+    factors = (torch.zeros(N, 3).bfloat16(), torch.zeros(3, K).bfloat16())
+    size = sum(tensor.numel() * tensor.itemsize for tensor in (*tensors, *factors))
+    blocks = N * -(-K // 64)
+    assert size <= stored_bytes(N, K, len(values), 3, 4) <= size + blocks / 2 + 1
+
+
+def test_a_number_of_a_factor_costs_as_many_values_as_its_bits_hold():
+    assert [factor_cost(CompressOptions(values_dtype=dtype)) for dtype in VALUE_BITS] == [1, 1, 2, 4]
+    assert factor_cost(CompressOptions(values_dtype="int4", budget_in="params")) == 1

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.format import Checkpoint
+from compress.int4 import block_counts, pack_int4
+from compress.layer import pack, unpack_mask
 from compress.shards import checksum, read_header, write_shard
 from sslc_common.errors import InputError
 from tests.compress.models import save_tiny
@@ -350,24 +352,58 @@ def test_a_folder_is_read_from_anywhere(compressed, tmp_path):
     Checkpoint.open(str(moved)).verify()
 
 
-def as_int8(tensors):
-    """Turns a layer into one with int8 values."""
-    tensors[f"{LAYER}.values"] = tensors[f"{LAYER}.values"].clamp(-1, 1).mul(127).to(torch.int8)
+def as_quantized(tensors, bits=8):
+    """Turns a layer into one with int8 or int4 values."""
+    values = tensors[f"{LAYER}.values"].clamp(-1, 1).mul(2 ** (bits - 1) - 1).to(torch.int8)
+    tensors[f"{LAYER}.values"] = pack_int4(tensors[f"{LAYER}.bitmap"], values) if bits == 4 else values
     shape = len(tensors[f"{LAYER}.U"]), tensors[f"{LAYER}.bitmap"].shape[1] // 2
     tensors[f"{LAYER}.scales"] = torch.full(shape, 0.01).half()
     for part in ("U", "V"):
         tensors[f"{LAYER}.{part}"] = tensors[f"{LAYER}.{part}"].bfloat16()
 
 
-SCALES = f"{LAYER}.scales"
-INT8_DAMAGE = {
-    "none": (lambda t: t.pop(SCALES), ("scales is missing", "int8")),
+SCALES, VALUES, BITMAP = (f"{LAYER}.{part}" for part in ("scales", "values", "bitmap"))
+SCALES_DAMAGE = {
+    "none": (lambda t: t.pop(SCALES), ("scales is missing", "are int")),
     "another shape": (lambda t: t.update({SCALES: t[SCALES][:, :0].clone()}), ("scales is wrong", "F16")),
     "another type": (lambda t: t.update({SCALES: t[SCALES].float()}), ("scales is wrong", "F32")),
     "negative": (lambda t: t[SCALES][0].neg_(), ("negative scales", "0 or more")),
     "infinite": (lambda t: t[SCALES][0].fill_(float("inf")), ("NaN or infinite",)),
-    "float values": (lambda t: t.update({f"{LAYER}.values": t[f"{LAYER}.values"].bfloat16()}), ("not int8",)),
     "float factors": (lambda t: t.update({f"{LAYER}.U": t[f"{LAYER}.U"].float()}), ("another type", "BF16")),
+}
+
+
+def last_byte_of_an_odd_block(tensors):
+    """Its place in the values."""
+    counts = block_counts(tensors[BITMAP])
+    odd = int((counts & 1).nonzero()[0])
+    return int(((counts + 1) // 2)[: odd + 1].sum()) - 1
+
+
+def set_padding(tensors):
+    tensors[VALUES][last_byte_of_an_odd_block(tensors)] |= 0x80
+
+
+def move_a_bit(tensors):
+    """Moves an entry from one row to another where both are odd or both even: as many values, in another length."""
+    mask = unpack_mask(tensors[BITMAP], tensors[f"{LAYER}.V"].shape[1])
+    alike = (mask.sum(1) % 2 == mask[0].sum() % 2).nonzero()[:2, 0].tolist()
+    mask[alike[0], int(mask[alike[0]].nonzero()[0])] = False
+    mask[alike[1], int((~mask[alike[1]]).nonzero()[0])] = True
+    tensors[BITMAP] = pack(mask, mask)[0]
+
+
+INT4_DAMAGE = {
+    "a byte too few for any mask": (lambda t: t.update({VALUES: t[VALUES][: len(t[VALUES]) // 2]}), ("contradicts",)),
+    "more bytes than any mask": (lambda t: t.update({VALUES: t[VALUES].repeat(3)}), ("contradicts", "int4 values")),
+    "two dimensions": (lambda t: t.update({VALUES: t[VALUES][None]}), ("contradicts config.json",)),
+    "a byte too few for its bitmap": (lambda t: t.update({VALUES: t[VALUES][:-1].clone()}), ("bytes that its bitmap",)),
+    "a byte too many for its bitmap": (
+        lambda t: t.update({VALUES: torch.cat((t[VALUES], t[VALUES][:1]))}),
+        ("bytes that its bitmap",),
+    ),
+    "another bitmap of as many": (move_a_bit, ("bytes that its bitmap",)),
+    "padding that is not zero": (set_padding, ("padding of a block", "0 bits")),
 }
 
 
@@ -375,18 +411,36 @@ def add_to_index(folder):
     edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({SCALES: BLOCK}))
 
 
-def test_int8_values_with_scales_are_read(compressed):
-    edit_tensors(compressed, as_int8)
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "I8"), (4, "U8")])
+def test_quantized_values_with_scales_are_read(compressed, bits, dtype):
+    nnz = Checkpoint.open(compressed).layers[LAYER].nnz
+    edit_tensors(compressed, lambda tensors: as_quantized(tensors, bits))
     add_to_index(compressed)
     checkpoint = Checkpoint.open(compressed)
     checkpoint.verify()
-    assert checkpoint.layers[LAYER].dtype == "I8"
+    assert (checkpoint.layers[LAYER].dtype, checkpoint.layers[LAYER].nnz) == (dtype, nnz)
+    assert compress.load(compressed).get_submodule(LAYER).values.shape == checkpoint.tensors[VALUES].shape
 
 
-@pytest.mark.parametrize("damage", INT8_DAMAGE)
-def test_scales_that_do_not_fit_their_values_are_refused(compressed, damage):
-    change, words = INT8_DAMAGE[damage]
-    edit_tensors(compressed, lambda tensors: (as_int8(tensors), change(tensors)))
+@pytest.mark.parametrize("damage", SCALES_DAMAGE)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_that_do_not_fit_their_values_are_refused(compressed, damage, bits):
+    change, words = SCALES_DAMAGE[damage]
+    edit_tensors(compressed, lambda tensors: (as_quantized(tensors, bits), change(tensors)))
     if damage != "none":
         add_to_index(compressed)
+    rejected(compressed, *words)
+
+
+def test_scales_of_floats_are_refused(compressed):
+    edit_tensors(compressed, lambda t: (as_quantized(t), t.update({VALUES: t[VALUES].bfloat16()})))
+    add_to_index(compressed)
+    rejected(compressed, "not int8 or int4")
+
+
+@pytest.mark.parametrize("damage", INT4_DAMAGE)
+def test_int4_values_that_do_not_fit_their_bitmap_are_refused(compressed, damage):
+    change, words = INT4_DAMAGE[damage]
+    edit_tensors(compressed, lambda tensors: (as_quantized(tensors, 4), change(tensors)))
+    add_to_index(compressed)
     rejected(compressed, *words)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.int4 import pack_int4
 from compress.layer import LowRankSparseLinear, bitmap_words, keep_decoded, pack, unpack, unpack_mask
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -54,14 +55,18 @@ def test_a_stored_zero_is_stored():
 
 @pytest.mark.parametrize(("N", "K", "r"), [(1, 1, 0), (5, 63, 2), (33, 65, 16), (64, 200, 64)])
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
-def test_forward_with_int8_values_is_the_formula(N, K, r, density):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_forward_with_quantized_values_is_the_formula(N, K, r, density, bits):
     g = torch.Generator().manual_seed(0)
     mask = torch.rand(N, K, generator=g) < density
-    Q = torch.randint(-128, 128, (N, K), generator=g).to(torch.int8) * mask
+    Q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (N, K), generator=g).to(torch.int8) * mask
     scales = torch.rand(N, (K + 63) // 64, generator=g).half()
     U, V = torch.randn(N, r, generator=g).bfloat16(), torch.randn(r, K, generator=g).bfloat16()
     bias, x = torch.randn(N, generator=g), torch.randn(2, 3, K, generator=g)
-    layer = LowRankSparseLinear.from_parts(*pack(Q, mask), U, V, bias, scales)
+    bitmap, values = pack(Q, mask)
+    values = pack_int4(bitmap, values) if bits == 4 else values
+    layer = LowRankSparseLinear.from_parts(bitmap, values, U, V, bias, scales)
+    assert layer.nnz == int(mask.sum())
     S = Q.double() * scales.double()[:, torch.arange(K) // 64]
     W = S + U.double() @ V.double()
     # float32 sums of up to 200 terms: a relative 1e-5 of their sizes.
@@ -128,5 +133,19 @@ def test_an_empty_layer_on_meta_has_the_sizes_of_a_real_one():
     real, _ = random_layer(6, 70, 3)
     with torch.device("meta"):
         empty = LowRankSparseLinear(6, 70, real.nnz, 3, bias=True)
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in real.state_dict().items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == shapes
+
+
+def test_an_empty_layer_for_int4_values_too():
+    mask = torch.rand(6, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    bitmap, values = pack(torch.ones(6, 70, dtype=torch.int8), mask)
+    U, V = torch.zeros(6, 3).bfloat16(), torch.zeros(3, 70).bfloat16()
+    packed, scales = pack_int4(bitmap, values), torch.ones(6, 2).half()
+    real = LowRankSparseLinear.from_parts(bitmap, packed, U, V, torch.zeros(6), scales)
+    with torch.device("meta"):
+        empty = LowRankSparseLinear(
+            6, 70, real.nnz, 3, bias=True, dtype=torch.uint8, bias_dtype=torch.float32, packed=len(packed)
+        )
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in real.state_dict().items()}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == shapes

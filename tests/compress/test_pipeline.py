@@ -19,6 +19,7 @@ from compress.source import Source
 from sslc_common.errors import InputError
 from tests.compress.models import FAMILIES, VOCABULARY, save_tiny
 
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 HALF = {"budget": 0.5, "rank_share": 0.2}
 LINEARS = {"llama": 7, "qwen2": 7, "qwen3": 7, "mistral": 7, "opt": 6, "gpt2": 4}
 
@@ -29,7 +30,7 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("values_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("values_dtype", list(DTYPES))
 def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tokens, monkeypatch, family, values_dtype):
     """Hidden states that calibration saw after the last block are, bit for bit, those of the reloaded model."""
     source, out, last = save_tiny(tmp_path / "source", family), tmp_path / "out", []
@@ -40,14 +41,13 @@ def test_the_reloaded_model_is_the_model_at_the_end_of_compression(tmp_path, tok
         last[:] = [hidden.clone()]
 
     monkeypatch.setattr(sequential, "run", watched)
-    report = compress_model(source, out, CompressOptions(values_dtype=values_dtype, **HALF), tokens=tokens)
+    # Bitmap and scales alone are a good third of the bytes of int4 values in layers as narrow as these.
+    sizes = HALF if values_dtype != "int4" else {"budget": 0.9, "rank": 1}
+    report = compress_model(source, out, CompressOptions(values_dtype=values_dtype, **sizes), tokens=tokens)
     model = compress.load(out)
     compressed = [module for module in model.modules() if isinstance(module, LowRankSparseLinear)]
     assert len(compressed) == len(report.layers) == 3 * LINEARS[family]
-    assert all(
-        layer.values.dtype == {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[values_dtype]
-        for layer in compressed
-    )
+    assert all(layer.values.dtype == DTYPES[values_dtype] for layer in compressed)
 
     seen = []
     model.get_submodule(Source.open(source).blocks[-1]).register_forward_hook(lambda _, __, y: seen.append(y))
@@ -113,9 +113,12 @@ def test_layers_with_one_input_share_its_gram_matrix(tiny_llama, tmp_path, token
 
 @pytest.mark.parametrize("method", ["hassle_free", "alps"])
 @pytest.mark.parametrize("allocation", ["fisher", "uniform"])
-def test_int8_values_keep_the_budget_with_their_scales(tmp_path, tiny_llama, tokens, method, allocation):
+@pytest.mark.parametrize(("values_dtype", "budget"), [("int8", 0.7), ("int4", 0.9)])
+def test_quantized_values_keep_the_budget_with_their_scales(
+    tmp_path, tiny_llama, tokens, method, allocation, values_dtype, budget
+):
     out = tmp_path / "out"
-    options = CompressOptions(method=method, allocation=allocation, values_dtype="int8", budget=0.7)
+    options = CompressOptions(method=method, allocation=allocation, values_dtype=values_dtype, budget=budget)
     report = compress_model(tiny_llama, out, options, tokens=tokens)
     checkpoint = Checkpoint.open(out)
     checkpoint.verify()
@@ -125,7 +128,19 @@ def test_int8_values_keep_the_budget_with_their_scales(tmp_path, tiny_llama, tok
         names = [f"{row.name}.{part}" for part in ("bitmap", "values", "scales", "U", "V")]
         assert row.bytes == sum(checkpoint.tensors[name].length for name in names)
         assert 0 < row.error < 1
-    assert report.budget_in_bytes <= 0.7
+    assert report.budget_in_bytes <= budget
+    assert (
+        report.budget_in_bytes > budget - 0.06
+    )  # what int4 values do not waste though they could: half a nibble of 48
+
+
+def test_rounding_with_a_rank_draws_the_same_numbers_in_every_run(tmp_path, tiny_llama, tokens):
+    options, files = CompressOptions("oats", 0.9, values_dtype="int4", rank=1, refinement=0), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        compress_model(tiny_llama, tmp_path / str(seed), options, tokens=tokens)
+        files.append((tmp_path / str(seed) / "model-00001-of-00004.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(("budget_in", "values_dtype"), [("bytes", "int8"), ("bytes", "f32"), ("params", "bf16")])

@@ -143,6 +143,12 @@ def test_variants_agree_with_pytorch(variant):
         assert_agree(OnnxRuntimeEngine(model.path, library=library), model.torch_engine(), tolerance)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_int4_values_run_by_the_operators_body(family):
+    model = lowered(family, dtype=torch.uint8)
+    assert_agree(OnnxRuntimeEngine(model.path, library="none"), model.torch_engine(), TOLERANCE)
+
+
 class FrozenDict(dict):
     """A dict that `lowered` can look up in its cache."""
 

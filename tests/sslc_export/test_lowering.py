@@ -131,7 +131,7 @@ def test_inputs_and_outputs_have_the_names_and_dimensions_of_the_field():
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8])
 def test_every_tensor_of_the_checkpoint_is_a_byte_range_of_its_file(compressed, dtype):
     model = lowered("qwen2", compressed=compressed, dtype=dtype)
     tensors = Checkpoint.open(model.folder).tensors

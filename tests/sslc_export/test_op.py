@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
@@ -17,14 +18,22 @@ from sslc_export.lowering import names, op
 FOLD_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
 
 
+INT4 = "int4"
+DTYPES = [np.float32, ml_dtypes.bfloat16, np.int8, INT4]
+IDS = ["float32", "bfloat16", "int8", "int4"]
+
+
 def stored_values(rng, count, dtype):
+    if dtype is INT4:
+        return rng.integers(-8, 8, count, np.int8)
     return rng.integers(-128, 128, count, dtype) if dtype is np.int8 else rng.standard_normal(count).astype(dtype)
 
 
 def random_layer(n, k, r, density, dtype, seed=0):
     """The operator's constant inputs, W = S + U·V in float64, and |S| + |U|·|V|, the size of what is summed."""
     rng = np.random.default_rng(seed)
-    factors = ml_dtypes.bfloat16 if dtype is np.int8 else dtype
+    quantized = dtype in (np.int8, INT4)
+    factors = ml_dtypes.bfloat16 if quantized else dtype
     mask = rng.random((n, k)) < density
     padded = np.zeros((n, -(-k // 64) * 64), bool)
     padded[:, :k] = mask
@@ -37,18 +46,30 @@ def random_layer(n, k, r, density, dtype, seed=0):
     }
     S, U, V = np.zeros((n, k)), tensors["U"].astype(np.float64), tensors["V"].astype(np.float64)
     S[mask] = tensors["values"]
-    if dtype is np.int8:
+    if dtype is INT4:
+        tensors["values"] = packed_nibbles(padded, tensors["values"])
+    if quantized:
         scales = rng.uniform(0, 0.1, (n, -(-k // 64))).astype(np.float16)
         S *= scales.astype(np.float64).repeat(64, axis=1)[:, :k]
         tensors["scales"] = scales
     return tensors, S + U @ V, np.abs(S) + np.abs(U) @ np.abs(V)
 
 
+def packed_nibbles(mask, values):
+    """Two to a byte, low nibble first, entry by entry; each 64 columns begin with a new byte."""
+    octets, left = [], values.tolist()
+    for block in mask.reshape(-1, 64):
+        entries, left = left[: block.sum()], left[block.sum() :]
+        entries += [0] * (len(entries) % 2)
+        octets += [(low & 15) | (high & 15) << 4 for low, high in zip(entries[::2], entries[1::2], strict=True)]
+    return np.array(octets, np.uint8)
+
+
 def model_of(tensors, x_shape):
     n = tensors["bias"].shape[0]
     leading = [f"d{i}" for i in range(len(x_shape) - 1)]
     float32 = onnx.TensorProto.FLOAT
-    body = op.function_body("scales" in tensors)
+    body = op.function_body(op.overload(ir.DataType.from_numpy(tensors["values"].dtype)))
     graph = helper.make_graph(
         [
             helper.make_node(
@@ -102,7 +123,7 @@ def assert_agrees(y, x, layer):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8], ids=["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize(
     ("n", "k", "r", "density"),
     [
@@ -140,7 +161,7 @@ def test_body_takes_any_leading_dimensions(leading, runtime):
     r=st.integers(0, 9),
     density=st.floats(0, 1),
     m=st.integers(1, 5),
-    dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16, np.int8]),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_body_computes_the_definition_for_any_shape(n, k, r, density, m, dtype, seed):
@@ -151,8 +172,9 @@ def test_body_computes_the_definition_for_any_shape(n, k, r, density, m, dtype, 
         assert_agrees(run(model, x), x, layer)
 
 
-def test_onnxruntime_decodes_s_once_at_session_creation(tmp_path):
-    tensors = random_layer(64, 128, 8, 0.5, np.float32)[0]
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_onnxruntime_decodes_s_once_at_session_creation(tmp_path, dtype):
+    tensors = random_layer(64, 128, 8, 0.5, dtype)[0]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -185,7 +207,8 @@ def test_attributes_name_version_and_layout_with_defaults():
     assert tuple(body.input) == ("X", "bitmap", "values", "U", "V", "bias")
 
 
-def test_the_body_for_int8_values_has_scales_and_the_same_name():
-    body = op.function_body(scales=True)
-    assert (body.domain, body.name) == ("sslc", "LowRankSparseLinear")
+@pytest.mark.parametrize(("type", "overload"), [("INT8", "scales"), ("UINT8", "int4")])
+def test_the_bodies_for_int8_and_int4_values_have_scales_and_the_same_name(type, overload):
+    body = op.function_body(op.overload(ir.DataType[type]))
+    assert (body.domain, body.name, body.overload) == ("sslc", "LowRankSparseLinear", overload)
     assert tuple(body.input) == names.INPUTS

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from compress.format import Checkpoint
 from compress.options import CompressOptions
 from compress.pipeline import REPORT, compress_model
 from plugins_ort.library import KERNELS
@@ -60,6 +61,23 @@ def test_a_build_is_predicted_as_what_comes_of_it(tmp_path, values):
     assert predict_checkpoint(dense, MACHINE).decode_speedup == 1
 
 
+def test_a_build_with_int4_values_is_predicted_with_the_padding_that_they_may_need(tmp_path):
+    dense = save_tiny(tmp_path / "dense", "llama")
+    options = CompressOptions("magnitude", 0.95, allocation="uniform", values_dtype="int4")
+    before = predict_build(dense, options, MACHINE, compress_slower=True)
+    compress_model(dense, tmp_path / "out", options)
+    after = predict_checkpoint(tmp_path / "out", MACHINE)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    for predicted, made in zip(before.parts, after.parts, strict=True):
+        assert (predicted.name, predicted.values, predicted.kept) == (made.name, made.values, made.kept)
+        blocks = made.N * -(-made.K // 64) if made.values else 0
+        assert made.bytes <= predicted.bytes <= made.bytes + blocks / 2 + 1
+        if made.values:
+            parts = ("bitmap", "values", "scales", "U", "V")
+            assert made.bytes == sum(checkpoint.tensors[f"{made.name}.{part}"].length for part in parts)
+    assert {part.values for part in after.parts} == {"int4", None}  # None is the head
+
+
 def test_this_machine_is_measured():
     machine = measure_machine(1)
     assert 1e9 < machine.bandwidth < 1e12
@@ -67,7 +85,7 @@ def test_this_machine_is_measured():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("values", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["f32", "bf16", "int8", "int4"])
 def test_every_kernel_is_known(kernel, values):
     machine = Machine(bandwidth=30e9, peak=200e9, threads=2, kernel=kernel)
     assert large(values).decode(machine) > 0

@@ -62,7 +62,12 @@ class LowRankSparseLinear(OpRun):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, torch.float32) for family in FAMILIES), ("llama", torch.int8), ("qwen2", torch.int8)],
+    [
+        *((family, torch.float32) for family in FAMILIES),
+        ("llama", torch.int8),
+        ("qwen2", torch.int8),
+        ("llama", torch.uint8),
+    ],
 )
 def test_the_rewritten_graph_computes_the_same_model(family, dtype, tmp_path):
     model = lowered(family, dtype=dtype)

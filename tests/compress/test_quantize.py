@@ -1,9 +1,9 @@
-"""Rounding to int8 with group scales."""
+"""Rounding every value for itself, with group scales."""
 
 import pytest
 import torch
 
-from compress.int8 import round_to_int8
+from compress.quantize import round_to_nearest
 
 
 def widened(rounded, scales):
@@ -12,9 +12,9 @@ def widened(rounded, scales):
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (5, 63), (7, 64), (3, 65), (33, 300)])
 @pytest.mark.parametrize("size", [0.02, 1.0, 1000.0])
-def test_no_value_is_off_by_much_more_than_half_a_step_and_all_together_by_less(N, K, size):
+def test_no_int8_value_is_off_by_much_more_than_half_a_step_and_all_together_by_less(N, K, size):
     S = size * torch.randn(N, K, generator=torch.Generator().manual_seed(0))
-    rounded, scales = round_to_int8(S)
+    rounded, scales = round_to_nearest(S, 8)
     assert (rounded.dtype, scales.dtype) == (torch.int8, torch.float16)
     assert scales.shape == (N, -(-K // 64))
     error = widened(rounded, scales) - S.double()
@@ -28,7 +28,7 @@ def test_no_value_is_off_by_much_more_than_half_a_step_and_all_together_by_less(
 
 def test_of_some_scales_the_one_with_the_least_error_is_taken():
     S = torch.randn(64, 640, generator=torch.Generator().manual_seed(0))
-    rounded, scales = round_to_int8(S)
+    rounded, scales = round_to_nearest(S, 8)
     largest = S.view(64, 10, 64).abs().amax(2)
     plain = (largest / 127).half()
     coarse = (S.view(64, 10, 64) / plain.float()[:, :, None]).round().clamp(-127, 127).view(64, 640)
@@ -36,26 +36,47 @@ def test_of_some_scales_the_one_with_the_least_error_is_taken():
     assert best < 0.99 * simple
 
 
-def test_columns_that_matter_are_rounded_better():
+@pytest.mark.parametrize("bits", [8, 4])
+def test_columns_that_matter_are_rounded_better(bits):
     S = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(64)
     importance[:8] = 1000
 
     def error(weights):
-        return float((widened(*round_to_int8(S, weights)) - S)[:, :8].square().sum())
+        return float((widened(*round_to_nearest(S, bits, weights)) - S)[:, :8].square().sum())
 
     assert error(importance) < 0.95 * error(None)
 
 
-def test_groups_without_values_have_scale_zero():
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_without_values_have_scale_zero(bits):
     S = torch.zeros(2, 130)
     S[0, 100] = 1
-    rounded, scales = round_to_int8(S)
+    rounded, scales = round_to_nearest(S, bits)
     assert scales[0, 0] == scales[0, 2] == 0
     assert not scales[1].any()
     assert widened(rounded, scales)[0, 100] == pytest.approx(1, rel=1e-3)
 
 
-def test_values_beyond_any_scale_are_an_error():
+def test_all_sixteen_int4_values_are_used_where_they_fit():
+    S = torch.arange(-8.0, 8.0)[None] / 4
+    rounded, scales = round_to_nearest(S, 4)
+    assert rounded.tolist() == [list(range(-8, 8))]
+    assert scales.tolist() == [[0.25]]
+    assert round_to_nearest(-S, 4)[0].tolist() != rounded.neg().tolist()  # there is no 8
+
+
+def test_int4_clips_where_that_lowers_the_error():
+    S = torch.randn(64, 640, generator=torch.Generator().manual_seed(0))
+    rounded, scales = round_to_nearest(S, 4)
+    largest = S.view(64, 10, 64).amax(2)
+    plain = (torch.maximum(largest, -S.view(64, 10, 64).amin(2) * 7 / 8) / 7).half()
+    coarse = (S.view(64, 10, 64) / plain.float()[:, :, None]).round().clamp(-8, 7).view(64, 640)
+    best, simple = (float((widened(r, s) - S).square().sum()) for r, s in [(rounded, scales), (coarse, plain)])
+    assert best < 0.9 * simple
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_beyond_any_scale_are_an_error(bits):
     with pytest.raises(ArithmeticError, match="too large for a float16 scale"):
-        round_to_int8(torch.full((1, 1), 1e9))
+        round_to_nearest(torch.full((1, 1), 1e9), bits)
