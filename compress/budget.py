@@ -129,4 +129,4 @@ def factor_cost(options: CompressOptions) -> int:
 def _rank(N: int, K: int, most: float, options: CompressOptions) -> int:
     if options.rank is not None:
         return min(options.rank, N, K)
-    return min(math.floor((options.rank_share or 0) * most), N, K)
+    return min(math.floor((options.share or 0) * most), N, K)

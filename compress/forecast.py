@@ -22,12 +22,13 @@ from compress.source import Source
 
 # Products of [N, K] by [K, K] that take as long as solving a layer without a low-rank part, and with one.
 PRODUCTS = {
+    "joint": (80, 170),
     "magnitude": (1, 1),
     "wanda": (1, 1),
     "sparsegpt": (12, 12),
     "alps": (80, 80),
     "hassle_free": (80, 190),
-    "three_basil": (80, 175),
+    "three_basil": (80, 1000),
     "oats": (2, 100),
     "sslc": (12, 30),
     "cap": (40, 90),
@@ -62,7 +63,7 @@ def forecast(source: Source, options: CompressOptions, rate: float | None = None
     tokens = sequences * options.sequence_length if METHODS[options.method].calibrated or options.calibration else 0
     held_out = max(1, sequences // HELD_OUT_EVERY) * options.sequence_length if tokens else 0
     solving, refining = tokens - held_out, options.refinement if tokens else 0
-    products = PRODUCTS[options.method][bool(options.rank_share or options.rank)]
+    products = PRODUCTS[options.method][bool(options.share or options.rank)]
     d = source.model.config.hidden_size
     operations, memory = 0.0, 0
     for block in source.blocks:

@@ -24,6 +24,7 @@ class MethodTraits:
 
 
 METHODS = {
+    "joint": MethodTraits(calibrated=True, low_rank=True),
     "magnitude": MethodTraits(calibrated=False, low_rank=False),
     "wanda": MethodTraits(calibrated=True, low_rank=False),
     "sparsegpt": MethodTraits(calibrated=True, low_rank=False),
@@ -41,6 +42,8 @@ QUANTIZED = ("int8", "int4")  # values with a scale per row and 64 columns
 BUDGET_UNITS = ("bytes", "params")
 ALLOCATIONS = ("fisher", "uniform", "owl", "farms", "welore", "knapsack", "cap", "cap_reinforce")
 TEXT_ALLOCATIONS = ("owl", "knapsack", "cap", "cap_reinforce")  # cannot do without; fisher is uniform then
+JOINT_ALLOCATIONS = ("knapsack", "cap", "cap_reinforce")  # choose ranks together with the rooms
+JOINT_SHARE = 0.15  # The error of layers is least near it, at half of the parameters (docs/methods.md).
 HEADS = ("keep", "int8")
 TUNED = ("all", "factors")
 
@@ -61,7 +64,8 @@ class CompressOptions:
             scale per row and 64 columns, and bfloat16 for U and V.
         head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for
             one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
-        rank_share: Share of the room for values that goes to U and V; None for the rank that pays in each layer, often
+        rank_share: Share of the room for values that goes to U and V. None for 0.15 with the method "joint", unless the
+            allocation chooses ranks itself, and else for the rank that pays in each layer by its singular values, often
             0, and always 0 with a uniform allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
         mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
@@ -83,7 +87,7 @@ class CompressOptions:
         InputError: an option is out of its range.
     """
 
-    method: str = "hassle_free"
+    method: str = "joint"
     budget: float = 0.5
     budget_in: str = "bytes"
     allocation: str = "fisher"
@@ -141,6 +145,13 @@ class CompressOptions:
                 got=self.calibration_tokens,
                 allowed=f"at least two sequences, {2 * self.sequence_length} tokens",
             )
+
+    @property
+    def share(self) -> float | None:
+        """The rank share that holds; None where ranks are free."""
+        if self.rank_share is None and self.method == "joint" and self.allocation not in JOINT_ALLOCATIONS:
+            return JOINT_SHARE
+        return self.rank_share
 
     def what_decides(self) -> dict[str, Any]:
         """The options that decide the result, for the manifest of interrupted work and the checkpoint's config.

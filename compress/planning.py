@@ -100,7 +100,7 @@ def _problem(
         weight=weight,
         importance=importance,
         value_bits=VALUE_BITS[options.values_dtype],
-        choose_ranks=options.rank is None and options.rank_share is None and METHODS[options.method].low_rank,
+        choose_ranks=options.rank is None and options.share is None and METHODS[options.method].low_rank,
         rule=parse_rule(options.mask_rule),
         factor_cost=factor_cost(options),
         tokens=tokens,

@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from compress.blocks import BlockCall, batches, block_output
 from compress.trainable import fast_products, make_trainable
 
-LEARNING_RATE = 6e-4
+# The rate is what parameters may move by, and they have as much farther to go as the block is farther off: in blocks 0,
+# 3, 7 and 12 of SmolLM2, with errors of 0.0013 to 0.033, the best of several was 0.011 to 0.017 times the error's root.
+RATE_PER_ERROR = 0.012
+LEAST_RATE = 6e-4
 WARM_UP = 5  # steps
 LAST = 0.05  # The rate falls along a cosine to this share.
-TOKENS_PER_STEP = 1024
+TOKENS_PER_STEP = 512  # The error fell by 2 to 5 % less with 1024, in half as many steps.
 SHRINKAGE = 0.1  # Of F towards its diagonal: it is measured on few tokens.
 
 
@@ -62,7 +65,9 @@ def refine(
     error = _mean_error(block, call, inputs[solving:], targets[solving:], root)
     better = error > 0 and bool(layers)
     if better:
-        _descend(block, call, inputs[:solving], targets[:solving], root / error**0.5, trained, passes, name, seed)
+        rate = max(LEAST_RATE, RATE_PER_ERROR * error**0.5)
+        scaled = root / error**0.5
+        _descend(block, call, inputs[:solving], targets[:solving], scaled, trained, rate, passes, name, seed)
         better = _mean_error(block, call, inputs[solving:], targets[solving:], root) < error
     for parameter, old in zip(trained, before, strict=True):
         parameter.requires_grad_(False)
@@ -80,6 +85,7 @@ def _descend(
     targets: Tensor,
     root: Tensor,
     trained: list[nn.Parameter],
+    rate: float,
     passes: int,
     name: str,
     seed: int,
@@ -93,7 +99,7 @@ def _descend(
     steps = [rows for _ in range(passes) for rows in torch.randperm(len(inputs), generator=generator).split(size)]
     for step, rows in enumerate(steps):
         cosine = LAST + (1 - LAST) * (1 + math.cos(math.pi * step / len(steps))) / 2
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * cosine
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / WARM_UP) * cosine
         with torch.enable_grad():
             _error(block, call, inputs[rows], targets[rows], root).backward()
         optimizer.step()

@@ -35,7 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packag
 from validate.accuracy import Perplexity, perplexity, perplexity_ratio
 
 # Share of the budget that goes to U and V, for the methods that make them. 1 is low rank alone.
-RANK_SHARES = {"oats": 0.25, "sslc": 0.1, "hassle_free": 0.1, "three_basil": 0.1, "cap": 0.1, "svd_llm": 1, "fwsvd": 1}
+RANK_SHARES = {
+    "joint": 0.15,
+    "oats": 0.25,
+    "sslc": 0.1,
+    "hassle_free": 0.1,
+    "three_basil": 0.1,
+    "cap": 0.1,
+    "svd_llm": 1,
+    "fwsvd": 1,
+}
 QUICK_METHODS = ("default", "magnitude", "wanda", "alps")
 BITS = (8, 4, 2)  # what its quantizer takes (1.31): there is no 3
 QUANTIZED_BLOCK = 32  # weights that share a scale; ONNX Runtime's usual choice

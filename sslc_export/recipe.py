@@ -70,7 +70,8 @@ class CompressRecipe(_Recipe):
         _DEFAULT.rank_share,
         ge=0,
         le=1,
-        description="share of a layer's budget that goes to U and V (default: what pays in each layer, often nothing)",
+        description="share of a layer's budget that goes to U and V (default: 0.15 with the method joint; with others "
+        "what pays in each layer by its singular values, often nothing)",
     )
     mask_rule: str = Field(
         _DEFAULT.mask_rule,

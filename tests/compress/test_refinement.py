@@ -61,7 +61,7 @@ def test_masks_ranks_and_what_stays_dense_are_not_touched_and_the_rest_is(tmp_pa
 
 def test_a_block_that_other_text_likes_less_is_as_it_was(tmp_path, tiny_llama, tokens, monkeypatch):
     compress_model(tiny_llama, tmp_path / "plain", CompressOptions(refinement=0, **HALF), tokens=tokens)
-    monkeypatch.setattr(refinement, "LEARNING_RATE", 10.0)
+    monkeypatch.setattr(refinement, "LEAST_RATE", 10.0)
     compress_model(tiny_llama, tmp_path / "spoilt", CompressOptions(refinement=2, **HALF), tokens=tokens)
     before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "spoilt")
     assert before.keys() == after.keys()
