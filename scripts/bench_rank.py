@@ -8,8 +8,8 @@ r"""Where does a low-rank part pay? The error of layers at equal bytes, by the s
 Layers are those of two blocks of each model, one in the first half and one in the second, with their inputs on the
 text. A bitmap takes the same bytes whatever it says, so at one mask rule equal parameters are equal bytes.
 
-solved    S and U·V by HASSLE-free: both are fitted to the layer's outputs, in two turns
-joint     S and U·V by 3BASiL: both together, in one ADMM of some hundred iterations
+joint     S and U·V in one ADMM, as the default does
+turns     S and U·V by HASSLE-free: each for the other, in two turns
 tuned     S keeps the entries of W that Wanda chooses, as they are; U·V alone is fitted, exactly: what tuning of U and V
           alone, with S frozen, can reach for one layer. With a share of 0 this is Wanda
 
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packag
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5)
 RULES = ("free", "32:64", "8:16", "2:4")
-WAYS = ("solved", "joint", "tuned")
+WAYS = ("joint", "turns", "tuned")
 LENGTH = 512
 
 
@@ -74,7 +74,7 @@ class Record:
         budget: (nnz + r(N + K)) / NK.
         share: Of the budget that went to U·V.
         rank: r.
-        way: "solved", "joint" or "tuned".
+        way: "joint", "turns" or "tuned".
         error: ‖(W − S − UV)X‖/‖WX‖ on inputs that were not solved on.
     """
 
@@ -177,7 +177,7 @@ def _stretched(layer: Layer, width: int) -> Layer:
 
 
 def _measure(layer: Layer, arguments: argparse.Namespace, seen: set[tuple[Any, ...]]) -> Iterator[Record]:
-    from compress.methods import hassle_free, three_basil, wanda
+    from compress.methods import hassle_free, joint, wanda
     from compress.methods.hassle_free import whitened_low_rank
     from compress.methods.linalg import damped
     from compress.rules import parse_rule
@@ -201,7 +201,7 @@ def _measure(layer: Layer, arguments: argparse.Namespace, seen: set[tuple[Any, .
                         continue
                     torch.manual_seed(0)  # of the randomized SVD
                     if way != "tuned":
-                        _, S, U, V = (three_basil if way == "joint" else hassle_free).solve(W, H, nnz, rank, rule)
+                        _, S, U, V = (joint if way == "joint" else hassle_free).solve(W, H, nnz, rank, rule)
                     else:
                         S = wanda.solve(W, H, nnz, 0, rule).S
                         U, V = whitened_low_rank(W - S, root, rank)
@@ -250,7 +250,7 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
     colours = {rule: f"C{index}" for index, rule in enumerate(dict.fromkeys(key[1] for key in groups))}
     for (model, rule, budget, way), errors in groups.items():
         axis = axes[budgets.index(budget)][models.index(model)]
-        style = {"solved": "o-", "joint": "^-.", "tuned": "s--"}[way]
+        style = {"joint": "o-", "turns": "^-.", "tuned": "s--"}[way]
         relative = [error / errors[0.0] for error in errors.values()] if 0.0 in errors else []
         axis.plot(
             list(errors)[: len(relative)], relative, style, color=colours[rule], label=f"{rule}, {way}", markersize=3

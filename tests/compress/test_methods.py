@@ -197,21 +197,38 @@ def solved(method, nnz, rank, N=40, K=60):
     return error(W, H, SOLVERS[method](W, H, nnz, rank))
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "hassle_free", "three_basil", "sslc", "oats"])
+@pytest.mark.parametrize("method", ["joint", "wanda", "sparsegpt", "alps", "hassle_free", "three_basil", "sslc", "oats"])
 def test_a_look_at_the_data_is_better_than_magnitude(method):
     assert solved(method, 1200, 0) < 0.95 * solved("magnitude", 1200, 0)
 
 
-@pytest.mark.parametrize("method", ["hassle_free", "three_basil"])
+@pytest.mark.parametrize("method", ["joint", "hassle_free", "three_basil"])
 def test_joint_methods_are_better_than_alternating_on_diagonals(method):
     assert solved(method, 900, 4) < solved("oats", 900, 4)
+
+
+@pytest.mark.parametrize("rule", [None, MaskRule(2, 4)])
+def test_a_low_rank_part_pays_at_equal_parameters_where_it_is_found_together_with_the_sparse_one(rule):
+    # A weight whose entries look like noise but whose inputs lie near few directions, as real ones do.
+    g = torch.Generator().manual_seed(5)
+    N, K = 96, 128
+    W = torch.randn(N, K, generator=g) + 1.5 * torch.randn(N, 6, generator=g) @ torch.randn(6, K, generator=g) / 6**0.5
+    X = torch.randn(4 * K, K, generator=g) * torch.linspace(0.2, 2, K)
+    H = X.T @ X / len(X)
+    room = N * K // 2
+    alone, together, in_turns = (
+        error(W, H, SOLVERS[method](W, H, room - rank * (N + K), rank, rule))
+        for method, rank in (("joint", 0), ("joint", 4), ("hassle_free", 4))
+    )
+    assert together < 0.97 * alone
+    assert together < in_turns
 
 
 def test_alps_is_better_than_least_squares_on_the_mask_of_wanda():
     assert solved("alps", 1200, 0) < solved("sslc", 1200, 0)
 
 
-@pytest.mark.parametrize("method", ["hassle_free", "three_basil"])
+@pytest.mark.parametrize("method", ["joint", "hassle_free", "three_basil"])
 def test_what_is_sparse_plus_low_rank_is_found_again(method):
     g = torch.Generator().manual_seed(1)
     _, H = problem(60, 80)
@@ -222,7 +239,7 @@ def test_what_is_sparse_plus_low_rank_is_found_again(method):
     assert error(W, H, SOLVERS[method](W, H, 2 * nnz, 2)) < 0.05
 
 
-@pytest.mark.parametrize("method", ["svd_llm", "fwsvd", "hassle_free", "three_basil"])
+@pytest.mark.parametrize("method", ["svd_llm", "fwsvd", "joint", "hassle_free", "three_basil"])
 def test_full_rank_is_exact(method):
     W, H = problem()
     assert error(W, H, SOLVERS[method](W, H, 0, 24)) < 1e-3
