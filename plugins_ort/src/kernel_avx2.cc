@@ -112,14 +112,15 @@ struct Bf16 {
   static constexpr int rows(int M) { return M == 2 ? 4 : 3; }
 };
 
-struct Int8 {
+// 64 columns in 16 bits.
+struct Integer {
   using Wide = __m256i;
   static constexpr int kParts = 4;
   static __m128i load8(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
   static __m128i expand8(uint64_t mask, const uint8_t* p) {
     return _mm_shuffle_epi8(load8(p), load8(kShuffles.int8[mask & 255]));
   }
-  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
+  static void expand_bytes(uint64_t mask, const uint8_t* p, Wide* w) {
 #pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
       const uint64_t before = part == 0 ? 0 : mask << (kBlock - 16 * part), here = mask >> (16 * part);
@@ -135,9 +136,34 @@ struct Int8 {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(products(0), products(1)),
                                                _mm256_add_epi32(products(2), products(3))));
   }
-  static void widen(const uint8_t* p, int count, float* scales) { widen_halves(p, count, scales); }
   static constexpr int rows(int M) { return M == 2 ? 4 : 2; }
 };
+
+struct Int8 : Integer {
+  static constexpr int kPerByte = 1;
+  static void expand(uint64_t mask, const uint8_t* p, Wide* w) { expand_bytes(mask, p, w); }
+};
+
+struct Int4 : Integer {
+  static constexpr int kPerByte = 2;
+  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
+    alignas(32) uint8_t bytes[kBlock];
+    const __m256i signs = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      // Each byte widened to 16 bits, its high half then moved to the upper byte: 32 numbers of four bits in order.
+      const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * half));
+      const __m256i pairs = _mm256_cvtepu8_epi16(packed);
+      const __m256i codes =
+          _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(0x0f));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + 32 * half), _mm256_shuffle_epi8(signs, codes));
+    }
+    expand_bytes(mask, bytes, w);
+  }
+};
+
+inline void widen_scales(const uint8_t* p, int count, float* out) { widen_halves(p, count, out); }
 
 // 16 registers: rows(M) * M sums and a weight vector per row; kTileColumns / 8 sums and a weight.
 constexpr int kFewGroup = 4;
