@@ -10,8 +10,8 @@ import pytest
 from tests.compress.models import save_tiny
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-# Beside what 8-bit and 4-bit weights lose, activations in 8 or 16 bits. Without VNNI, ONNX Runtime's int8 also saturates
-# sums of two products at 16 bits.
+# Beside what 8-bit and 4-bit weights lose, activations in 8 or 16 bits. Without VNNI, ONNX Runtime's int8 also
+# saturates sums of two products at 16 bits.
 ERRORS = {
     ("sslc", "f32"): 1e-6,
     ("sslc", "bf16"): 4e-3,
