@@ -14,7 +14,6 @@ typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef long long __m512i __attribute__((vector_size(64), may_alias));
 typedef short __m512bh __attribute__((vector_size(64), may_alias));
 typedef long long __m256i __attribute__((vector_size(32), may_alias));
-typedef long long __m128i __attribute__((vector_size(16), may_alias));
 typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 typedef uint64_t __mmask64;
@@ -183,18 +182,6 @@ EMULATED __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
   return emulated::load<__m256i>(reinterpret_cast<const char*>(&v) + half * 32);
 }
 EMULATED __m256i _mm512_castsi512_si256(__m512i v) { return _mm512_extracti64x4_epi64(v, 0); }
-EMULATED __m512i _mm512_broadcast_i32x4(__m128i v) { return emulated::all<__m128i, __m512i>(v); }
-EMULATED __m128i _mm_setr_epi8(char a, char b, char c, char d, char e, char f, char g, char h, char i, char j, char k,
-                             char l, char m, char n, char o, char p) {
-  return emulated::as<__m128i>(emulated::Array<char, 16>{{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p}});
-}
-// Within each 16 bytes; 0 where the top bit of the index is set.
-EMULATED __m512i _mm512_shuffle_epi8(__m512i v, __m512i indices) {
-  const auto from = emulated::as<emulated::Array<uint8_t, 64>>(v);
-  auto lanes = emulated::as<emulated::Array<uint8_t, 64>>(indices);
-  for (int i = 0; i < 64; ++i) lanes.at[i] = (lanes.at[i] & 0x80) != 0 ? 0 : from.at[i / 16 * 16 + (lanes.at[i] & 15)];
-  return emulated::as<__m512i>(lanes);
-}
 EMULATED __m512i _mm512_mask_expand_epi8(__m512i otherwise, __mmask64 mask, __m512i values) {
   return emulated::expand<uint8_t>(otherwise, mask, values);
 }

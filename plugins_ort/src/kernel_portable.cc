@@ -127,6 +127,7 @@ struct Integer {
 
 struct Int8 : Integer {
   static constexpr int kPerByte = 1;
+  static constexpr float kUnit = 1;
   static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
     *w = {};
     for (; mask != 0; mask &= mask - 1) w->column[__builtin_ctzll(mask)] = static_cast<int8_t>(*p++);
@@ -135,6 +136,7 @@ struct Int8 : Integer {
 
 struct Int4 : Integer {
   static constexpr int kPerByte = 2;
+  static constexpr float kUnit = 1;
   static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
     *w = {};
     for (int i = 0; mask != 0; mask &= mask - 1, ++i) {
