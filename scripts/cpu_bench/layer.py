@@ -84,7 +84,7 @@ class Layer:
         shift = 2 * (np.cumsum(sizes) - sizes) - (np.cumsum(counts) - counts)
         halves = np.zeros(2 * int(sizes.sum()), np.uint8)
         halves[np.arange(len(values)) + np.repeat(shift, counts)] = values.view(np.uint8) & 15
-        return halves[0::2] | halves[1::2] << 4
+        return halves[0::2] | halves[1::2] << np.uint8(4)
 
 
 def bf16(array: Floats) -> NDArray[np.uint16]:
