@@ -33,7 +33,7 @@ from cpu_bench.layer import Shape
 from cpu_bench.layers import Record
 from cpu_bench.models import ModelRecord, bench_model, build_models
 
-VALUES = ("f32", "bf16", "int8")
+VALUES = ("f32", "bf16", "int8", "int4")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,9 +10,16 @@ import pytest
 from tests.compress.models import save_tiny
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-# Beside what 8-bit and 4-bit weights lose, activations in 8 or 16 bits.
-ERRORS = {("sslc", "f32"): 1e-6, ("sslc", "bf16"): 4e-3, ("sslc", "int8"): 1e-2, ("openvino", "f32"): 1e-5}
-ERRORS |= {("onnxruntime", "f32"): 1e-6, ("onnxruntime", "int8"): 3e-2, ("onnxruntime", "int4"): 0.2}
+# Beside what 8-bit and 4-bit weights lose, activations in 8 or 16 bits. Without VNNI, ONNX Runtime's int8 also
+# saturates sums of two products at 16 bits.
+ERRORS = {
+    ("sslc", "f32"): 1e-6,
+    ("sslc", "bf16"): 4e-3,
+    ("sslc", "int8"): 1e-2,
+    ("sslc", "int4"): 0.15,
+    ("openvino", "f32"): 1e-5,
+}
+ERRORS |= {("onnxruntime", "f32"): 1e-6, ("onnxruntime", "int8"): 5e-2, ("onnxruntime", "int4"): 0.2}
 
 
 @pytest.fixture
@@ -34,7 +41,14 @@ def test_every_engine_computes_the_layer_and_has_a_record(bench, tmp_path, capsy
     assert all((r["n"], r["k"]) == (96, 128) and r["ratio"] > 0 and r["share_of_bandwidth"] > 0 for r in records)
     there = {(r["engine"], r["values"], r["how"]) for r in records}
     assert len(records) == 4 * len(there)  # tokens × threads
-    expected = {("sslc", "f32"), ("sslc", "bf16"), ("sslc", "int8"), ("torch", "f32"), ("torch", "bf16")}
+    expected = {
+        ("sslc", "f32"),
+        ("sslc", "bf16"),
+        ("sslc", "int8"),
+        ("sslc", "int4"),
+        ("torch", "f32"),
+        ("torch", "bf16"),
+    }
     expected |= {("onnxruntime", values) for values in ("f32", "int8", "int4")}
     if importlib.util.find_spec("openvino"):
         expected |= {("openvino", values) for values in ("f32", "bf16", "int8", "int4")}

@@ -65,8 +65,8 @@ SSLC_EXPORT int64_t sslc_layers_alive() { return sslc::layers_alive; }
 
 SSLC_EXPORT int64_t sslc_op_calls() { return sslc::op_calls; }
 
-// A layer on borrowed weights, without a session. dtype: 1 float32, 3 int8, 16 bfloat16; scales only for int8, else
-// nullptr. nullptr on failure.
+// A layer on borrowed weights, without a session. dtype: 1 float32, 2 int4 in uint8, 3 int8, 16 bfloat16; scales only for
+// int4 and int8, else nullptr. value_count: elements of `values`. nullptr on failure.
 SSLC_EXPORT void* sslc_layer_create(int dtype, int64_t N, int64_t K, int64_t r, const void* bitmap, const void* values,
                                     int64_t value_count, const void* U, const void* V, const void* bias,
                                     const void* scales) {

@@ -7,9 +7,12 @@
 namespace sslc {
 
 extern const Kernels kPortable;
-#ifdef SSLC_X86
+// In a test build with SSLC_EMULATE the AVX-512 kernels run on any processor, and there is no AVX2.
+#if defined SSLC_X86 || defined SSLC_EMULATE
 extern const Kernels kAvx512;
 extern const PairKernels kAvx512Bf16Pairs;
+#endif
+#ifdef SSLC_X86
 extern const Kernels kAvx2;
 #endif
 
@@ -17,7 +20,7 @@ namespace {
 
 std::atomic<const Kernels*> forced{nullptr};
 
-#ifdef SSLC_X86
+#if defined SSLC_X86 || defined SSLC_EMULATE
 const Kernels* avx512_bf16() {
   static const Kernels kernels = [] {
     Kernels made = kAvx512;
@@ -43,6 +46,10 @@ std::vector<const Kernels*> available() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt"))
     found.push_back(&kAvx2);
+#endif
+#ifdef SSLC_EMULATE
+  found.push_back(avx512_bf16());
+  found.push_back(&kAvx512);
 #endif
   found.push_back(&kPortable);
   return found;

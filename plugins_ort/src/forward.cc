@@ -81,10 +81,12 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
     *error = "the layer has " + text(layer.N) + " outputs and " + text(layer.K) + " inputs; neither may be 0";
     return false;
   }
-  if ((layer.dtype == Dtype::i8) != (layer.scales != nullptr)) {
-    *error = layer.scales == nullptr ? "int8 values need scales" : "values that are not int8 have no scales";
+  if (is_integer(layer.dtype) != (layer.scales != nullptr)) {
+    *error = layer.scales == nullptr ? "int8 and int4 values need scales" : "float values have no scales";
     return false;
   }
+  const bool int4 = layer.dtype == Dtype::i4;
+  const int64_t size = is_integer(layer.dtype) ? 1 : factor_size_of(layer.dtype);
   row_start_.resize(static_cast<size_t>(layer.N + 1));
   const int last_columns = static_cast<int>(layer.K - (layer.words - 1) * kBlock);
   const uint64_t padding = last_columns == 64 ? 0 : ~uint64_t{0} << last_columns;
@@ -98,22 +100,21 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
       return false;
     }
     const size_t i = static_cast<size_t>(n);
-    row_start_[i + 1] = row_start_[i] + kernels->popcount(row, layer.words);
+    row_start_[i + 1] = row_start_[i] + (int4 ? kernels->int4_bytes : kernels->popcount)(row, layer.words) * size;
   }
-  const int64_t stored = row_start_.back();
-  if (stored != value_count) {
-    *error = "the bitmap says that " + text(stored) + " values are stored, but there are " + text(value_count);
+  const int64_t bytes = row_start_.back();
+  if (bytes != value_count * size) {
+    *error = "the bitmap says that " + text(bytes / size) + (int4 ? " bytes of int4" : "") +
+             " values are stored, but there are " + text(value_count);
     return false;
   }
   // Rows whose last vector load could leave the tensor are read from a copy with room behind it.
-  const int64_t size = size_of(layer.dtype);
   layer.tail_row = layer.N;
-  while (layer.tail_row > 0 && row_start_[static_cast<size_t>(layer.tail_row)] * size + kOverread > value_count * size)
-    --layer.tail_row;
+  while (layer.tail_row > 0 && row_start_[static_cast<size_t>(layer.tail_row)] + kOverread > bytes) --layer.tail_row;
   const int64_t tail_start = row_start_[static_cast<size_t>(layer.tail_row)];
-  const int64_t tail_bytes = (value_count - tail_start) * size;
-  tail_.assign(static_cast<size_t>(tail_bytes + kOverread), 0);
-  if (tail_bytes > 0) std::memcpy(tail_.data(), layer.values + tail_start * size, static_cast<size_t>(tail_bytes));
+  tail_.assign(static_cast<size_t>(bytes - tail_start + kOverread), 0);
+  if (bytes > tail_start)
+    std::memcpy(tail_.data(), layer.values + tail_start, static_cast<size_t>(bytes - tail_start));
   layer.row_start = row_start_.data();
   layer.tail = tail_.data();
   return true;
@@ -123,8 +124,8 @@ void PreparedLayer::forward(const float* x, int64_t M, float* y, const Parallel&
   if (M <= 0) return;
   if (const PairKernels* pairs = pairs_for(M))
     forward_pairs(*pairs, x, M, y, parallel);
-  else if (layer_.dtype == Dtype::i8)
-    forward_int8(x, M, y, parallel);
+  else if (is_integer(layer_.dtype))
+    forward_integers(x, M, y, parallel);
   else if (M <= kernels_->few)
     forward_few(x, M, y, parallel);
   else
@@ -144,18 +145,20 @@ void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Paral
     kernels.arrange(x, M, layer_.K, Kp, arranged);
     x = arranged;
   }
-  const double size = static_cast<double>(size_of(layer_.dtype)), K = static_cast<double>(layer_.K);
+  const double size = static_cast<double>(factor_size_of(layer_.dtype)), K = static_cast<double>(layer_.K);
   const double stored = static_cast<double>(row_start_.back()) / static_cast<double>(layer_.N);
   for_ranges(parallel, layer_.r, rows_per_task(layer_.r, K * size),
              [&](int64_t begin, int64_t end) { kernels.project_few(layer_, begin, end, x, M, t); });
-  const double row_bytes = (stored + static_cast<double>(layer_.r)) * size + K / 8;
+  const double row_bytes = stored + static_cast<double>(layer_.r) * size + K / 8;
   for_ranges(parallel, layer_.N, rows_per_task(layer_.N, row_bytes),
              [&](int64_t begin, int64_t end) { kernels.rows_few(layer_, begin, end, x, t, M, y); });
 }
 
 // Null where 16-bit pairs are not what this many tokens are multiplied in.
 const PairKernels* PreparedLayer::pairs_for(int64_t M) const {
-  const PairKernels& pairs = layer_.dtype == Dtype::i8 ? kernels_->int8_pairs : kernels_->bf16_pairs;
+  const PairKernels& pairs = layer_.dtype == Dtype::i8   ? kernels_->int8_pairs
+                             : layer_.dtype == Dtype::i4 ? kernels_->int4_pairs
+                                                         : kernels_->bf16_pairs;
   return layer_.dtype != Dtype::f32 && pairs.from > 0 && M >= pairs.from ? &pairs : nullptr;
 }
 
@@ -183,7 +186,8 @@ void PreparedLayer::forward_pairs(const PairKernels& kernels, const float* x, in
   }
 }
 
-void PreparedLayer::forward_int8(const float* x, int64_t M, float* y, const Parallel& parallel) const {
+void PreparedLayer::forward_integers(const float* x, int64_t M, float* y, const Parallel& parallel) const {
+  const IntegerKernels& kernels = layer_.dtype == Dtype::i8 ? kernels_->int8 : kernels_->int4;
   const int64_t Kp = layer_.words * kBlock, rp = round_up(layer_.r, kBlock);
   const double K = static_cast<double>(layer_.K), factor = static_cast<double>(factor_size_of(layer_.dtype));
   const double stored = static_cast<double>(row_start_.back()) / static_cast<double>(layer_.N);
@@ -200,12 +204,12 @@ void PreparedLayer::forward_int8(const float* x, int64_t M, float* y, const Para
       std::memset(t, 0, static_cast<size_t>(count * rp) * sizeof(float));
       kernels_->bf16.arrange(x + first * layer_.K, count, layer_.K, Kp, arranged);
     }
-    kernels_->int8.quantize(x + first * layer_.K, count, layer_.K, Kp, q, scales);
+    kernels.quantize(x + first * layer_.K, count, layer_.K, Kp, q, scales);
     for_ranges(parallel, layer_.r, rows_per_task(layer_.r, K * factor), [&](int64_t begin, int64_t end) {
       kernels_->bf16.project_few(layer_, begin, end, arranged, count, t);
     });
     for_ranges(parallel, layer_.N, rows_per_task(layer_.N, row_bytes), [&](int64_t begin, int64_t end) {
-      kernels_->int8.rows(layer_, begin, end, q, scales, t, count, y + first * layer_.N);
+      kernels.rows(layer_, begin, end, q, scales, t, count, y + first * layer_.N);
     });
   }
 }

@@ -12,6 +12,7 @@ namespace sslc {
 class PreparedLayer {
  public:
   // Checks the weights and finds where each row's values start. False, with the reason in *error, if they disagree.
+  // `value_count` is the number of elements of their tensor: of bytes, if the values are int4.
   bool prepare(const Layer& weights, int64_t value_count, const Kernels* kernels, std::string* error);
 
   // Y [M, N] = X [M, K] (S + U V)^T + bias, all row-major f32. May throw std::bad_alloc, before any task has run.
@@ -22,7 +23,7 @@ class PreparedLayer {
  private:
   const TypeKernels& of_type() const;
   void forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const;
-  void forward_int8(const float* x, int64_t M, float* y, const Parallel& parallel) const;
+  void forward_integers(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   const PairKernels* pairs_for(int64_t M) const;
   void forward_pairs(const PairKernels& kernels, const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_many(const float* x, int64_t M, float* y, const Parallel& parallel) const;

@@ -21,7 +21,7 @@ struct Bf16Pairs {
     static Sum dot(Sum sum, Lanes w, Lanes x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
     static void finish(Sum sum, const float*, float* c) { store(c, sum); }
   };
-  static constexpr int kSize = 2;
+  static constexpr int kLines = 2;
 
   struct Token {
     float scale;
@@ -35,6 +35,7 @@ struct Bf16Pairs {
   };
   static Token token(const float*, int64_t) { return {1}; }
 
+  static int bytes(uint64_t mask) { return 2 * count_bits(mask); }
   static void expand(uint64_t mask, const uint8_t* p, uint8_t* w) {
     const uint8_t* rest = p + 2 * count_bits(mask & 0xffffffff);
     _mm512_storeu_si512(

@@ -108,15 +108,12 @@ struct Type {
   static constexpr int rows(int) { return 1; }
 };
 
-struct Int8 {
+// 64 columns in 16 bits.
+struct Integer {
   struct Wide {
     int16_t column[kBlock];
   };
   static constexpr int kParts = 1;
-  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
-    *w = {};
-    for (; mask != 0; mask &= mask - 1) w->column[__builtin_ctzll(mask)] = static_cast<int8_t>(*p++);
-  }
   static Vec dot(const Wide* w, const int16_t* q) {
     int32_t sums[kLanes] = {};
     for (int k = 0; k < kBlock; k += 2 * kLanes)
@@ -125,9 +122,31 @@ struct Int8 {
     return Vec{static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2]),
                static_cast<float>(sums[3])};
   }
-  static void widen(const uint8_t* p, int count, float* scales) { widen_halves(p, count, scales); }
   static constexpr int rows(int) { return 1; }
 };
+
+struct Int8 : Integer {
+  static constexpr int kPerByte = 1;
+  static constexpr float kUnit = 1;
+  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
+    *w = {};
+    for (; mask != 0; mask &= mask - 1) w->column[__builtin_ctzll(mask)] = static_cast<int8_t>(*p++);
+  }
+};
+
+struct Int4 : Integer {
+  static constexpr int kPerByte = 2;
+  static constexpr float kUnit = 1;
+  static void expand(uint64_t mask, const uint8_t* p, Wide* w) {
+    *w = {};
+    for (int i = 0; mask != 0; mask &= mask - 1, ++i) {
+      const int code = p[i / 2] >> (i % 2 * 4) & 15;
+      w->column[__builtin_ctzll(mask)] = static_cast<int16_t>((code ^ 8) - 8);
+    }
+  }
+};
+
+inline void widen_scales(const uint8_t* p, int count, float* out) { widen_halves(p, count, out); }
 
 using F32 = Type<4>;
 using Bf16 = Type<2>;

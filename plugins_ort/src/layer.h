@@ -10,10 +10,12 @@
 
 namespace sslc {
 
-enum class Dtype : int32_t { f32 = 1, i8 = 3, bf16 = 16 };  // ONNX's numbers (TensorProto.DataType)
+// The type of the values. ONNX's numbers (TensorProto.DataType); int4 values lie in a tensor of uint8, two in each.
+enum class Dtype : int32_t { f32 = 1, i4 = 2, i8 = 3, bf16 = 16 };
 
-// Bytes of one value of S, and of one of U and V, which are bfloat16 beside int8 values.
-static constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
+static constexpr bool is_integer(Dtype dtype) { return dtype == Dtype::i4 || dtype == Dtype::i8; }
+
+// Bytes of one value of U and V, which are bfloat16 beside integer values.
 static constexpr int64_t factor_size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 constexpr int64_t kBlock = 64;  // columns under one 64-bit word of the bitmap
@@ -63,20 +65,19 @@ struct Layer {
   int64_t N, K, r;
   int64_t words;             // 64-bit words per row of the bitmap
   const uint8_t* bitmap;     // [N, words], bit k of a row says that S[n, k] is stored
-  const uint8_t* values;     // stored entries of S, row by row
-  const uint8_t* scales;     // [N, words] f16: what the int8 values under one word are multiplied with; else nullptr
+  const uint8_t* values;     // stored entries of S, row by row; int4: those under one word start at a whole byte
+  const uint8_t* scales;     // [N, words] f16: what integer values under one word are multiplied with; else nullptr
   const uint8_t* U;          // [N, r]
   const uint8_t* V;          // [r, K]
   const uint8_t* bias;       // [N] f32
-  const int64_t* row_start;  // [N + 1], index of the first value of each row
+  const int64_t* row_start;  // [N + 1], where in `values` each row starts, in bytes
   int64_t tail_row;          // from this row on, values are read from the padded copy: reading kOverread bytes
   const uint8_t* tail;       // beyond the row would leave the tensor, which may be the end of a mapping
 };
 
 static inline const uint8_t* row_values(const Layer& layer, int64_t n) {
-  return n < layer.tail_row
-             ? layer.values + layer.row_start[n] * size_of(layer.dtype)
-             : layer.tail + (layer.row_start[n] - layer.row_start[layer.tail_row]) * size_of(layer.dtype);
+  return n < layer.tail_row ? layer.values + layer.row_start[n]
+                            : layer.tail + (layer.row_start[n] - layer.row_start[layer.tail_row]);
 }
 
 // What one instruction set provides for one value type. Row ranges are [begin, end).
@@ -93,17 +94,17 @@ struct TypeKernels {
                     int64_t M, float* y);
 };
 
-// What one instruction set provides for int8 values, beside the kernels of bf16, which U and V are.
+// What one instruction set provides for int8 or int4 values, beside the kernels of bf16, which U and V are.
 //
 // Activations are rounded to 16 bits, token by token: x = scale * q with |q| <= 32767. Sums of q times a value are exact
 // within a block of 64 columns. q lies block by block: the 64 columns of the first token, those of the next, ...
-struct Int8Kernels {
+struct IntegerKernels {
   void (*quantize)(const float* x, int64_t M, int64_t K, int64_t padded, int16_t* q, float* scales);
   void (*rows)(const Layer&, int64_t begin, int64_t end, const int16_t* q, const float* scales, const float* t,
                int64_t M, float* y);
 };
 
-// What one instruction set provides for many tokens in 16 bits: of int8 values, and of bfloat16 values where it
+// What one instruction set provides for many tokens in 16 bits: of integer values, and of bfloat16 values where it
 // multiplies pairs of them. Activations are x^T by pairs of columns, [K / 2, columns] of 32 bits, K padded to a multiple of 64.
 struct PairKernels {
   int64_t from;     // this many tokens or more; 0 if there are no such kernels
@@ -122,12 +123,13 @@ struct Kernels {
   int64_t few;      // up to this many tokens the few-token kernels are faster (docs/kernel-cpu.md)
   int64_t columns;  // the widest tile of the many-token kernels
   TypeKernels f32, bf16;
-  Int8Kernels int8;
-  PairKernels int8_pairs, bf16_pairs;
+  IntegerKernels int8, int4;
+  PairKernels int8_pairs, int4_pairs, bf16_pairs;
   // Rows [begin, end) of x^T, from x [M, K]; columns beyond M are zero.
   void (*transpose)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t M, int64_t columns, float* xT);
-  int64_t (*popcount)(const uint8_t* words, int64_t count);  // bits set in `count` 64-bit words
-  uint64_t (*read)(const uint8_t* data, int64_t bytes);      // reads all bytes, for measuring bandwidth
+  int64_t (*popcount)(const uint8_t* words, int64_t count);    // bits set in `count` 64-bit words
+  int64_t (*int4_bytes)(const uint8_t* words, int64_t count);  // bytes of the int4 values under them
+  uint64_t (*read)(const uint8_t* data, int64_t bytes);        // reads all bytes, for measuring bandwidth
 };
 
 // Runs task(user, i) for every i < count, on any threads, in any order.

@@ -98,18 +98,17 @@ class Kernel {
                  U = weight(info, 3, "U", 2), V = weight(info, 4, "V", 2), bias = weight(info, 5, "bias", 1);
 
     // The types of X, bitmap and bias are declared (make_op), and checked by the runtime.
-    const bool int8 = values.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
-    if (!int8 && values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
-        values.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16)
-      fail("values have ONNX element type " + std::to_string(values.type) +
-           "; float32 (1), int8 (3) and bfloat16 (16) are known");
-    const ONNXTensorElementDataType factors = int8 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 : values.type;
-    if (U.type != factors || V.type != factors)
-      fail(int8 ? "U and V are not bfloat16, which they must be beside int8 values"
-                : "values, U and V are not of one type");
-
     Layer layer{};
     layer.dtype = static_cast<Dtype>(values.type);
+    const bool integers = is_integer(layer.dtype);
+    if (!integers && layer.dtype != Dtype::f32 && layer.dtype != Dtype::bf16)
+      fail("values have ONNX element type " + std::to_string(values.type) +
+           "; float32 (1), uint8 (2) with two int4 in each, int8 (3) and bfloat16 (16) are known");
+    const ONNXTensorElementDataType factors = integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 : values.type;
+    if (U.type != factors || V.type != factors)
+      fail(integers ? "U and V are not bfloat16, which they must be beside int8 and int4 values"
+                    : "values, U and V are not of one type");
+
     layer.N = U.dims[0];
     layer.r = U.dims[1];
     layer.K = V.dims[1];
@@ -122,13 +121,13 @@ class Kernel {
     layer.U = static_cast<const uint8_t*>(U.data);
     layer.V = static_cast<const uint8_t*>(V.data);
     layer.bias = static_cast<const uint8_t*>(bias.data);
-    if (int8) {
+    if (integers) {
       const Tensor scales = weight(info, 6, "scales", 2);
       expect(scales, "scales", {layer.N, layer.words});
       layer.scales = static_cast<const uint8_t*>(scales.data);
       check_scales(scales);
     } else if (constant_input(info, 6) != nullptr) {
-      fail("scales are given, but the values are not int8");
+      fail("scales are given, but the values are neither int8 nor int4");
     }
 
     std::string error;

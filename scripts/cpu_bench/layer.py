@@ -65,15 +65,26 @@ class Layer:
         """As the operator takes it."""
         return np.packbits(self.kept, axis=1, bitorder="little").view(np.int32)
 
-    def int8(self) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-        """Values [nnz] and scales [N, ⌈K/64⌉]."""
+    def integers(self, bits: int) -> tuple[NDArray[np.int8] | NDArray[np.uint8], NDArray[np.float16]]:
+        """Values as the operator takes them, of 8 or 4 bits, and scales [N, ⌈K/64⌉]."""
+        most = 2 ** (bits - 1) - 1
         blocks = np.zeros(self.kept.shape, np.float32)
         blocks[self.kept] = self.S
         grouped = blocks.reshape(self.shape.n, -1, WORD)
-        scales = (np.abs(grouped).max(axis=2) / 127).astype(np.float16)
+        scales = (np.abs(grouped).max(axis=2) / most).astype(np.float16)
         wide = np.maximum(scales.astype(np.float32), np.finfo(np.float32).tiny)[:, :, None]
-        rounded = np.rint(grouped / wide).clip(-127, 127).astype(np.int8)
-        return rounded.reshape(self.kept.shape)[self.kept], scales
+        rounded = np.rint(grouped / wide).clip(-most, most).astype(np.int8).reshape(self.kept.shape)[self.kept]
+        return (rounded if bits == 8 else self._packed(rounded)), scales
+
+    def _packed(self, values: NDArray[np.int8]) -> NDArray[np.uint8]:
+        """Two values per byte, the first in the low half; those under each word of the bitmap begin a new byte."""
+        counts = self.kept.reshape(-1, WORD).sum(axis=1)
+        sizes = -(-counts // 2)
+        # A block starts that many halves of bytes later than its values do.
+        shift = 2 * (np.cumsum(sizes) - sizes) - (np.cumsum(counts) - counts)
+        halves = np.zeros(2 * int(sizes.sum()), np.uint8)
+        halves[np.arange(len(values)) + np.repeat(shift, counts)] = values.view(np.uint8) & 15
+        return halves[0::2] | halves[1::2] << np.uint8(4)
 
 
 def bf16(array: Floats) -> NDArray[np.uint16]:

@@ -21,14 +21,15 @@ _FLOAT = TensorProto.FLOAT
 
 
 def ours(layer: Layer, values: str, threads: int, kernel: str) -> Contender:
-    """Our op. `values` is f32, bf16 or int8; `kernel` an instruction set."""
+    """Our op. `values` is f32, bf16, int8 or int4; `kernel` an instruction set."""
     stored: Callable[[Floats], Any] = (lambda array: array) if values == "f32" else bf16
     factor = _FLOAT if values == "f32" else TensorProto.BFLOAT16
     S: tuple[np.ndarray, int] = (stored(layer.S), factor)
     scales: Weights = {}
-    if values == "int8":
-        rounded, steps = layer.int8()
-        S, scales = (rounded, TensorProto.INT8), {"scales": (steps, TensorProto.FLOAT16)}
+    if values in ("int8", "int4"):
+        rounded, steps = layer.integers(int(values.removeprefix("int")))
+        S = (rounded, TensorProto.INT8 if values == "int8" else TensorProto.UINT8)
+        scales = {"scales": (steps, TensorProto.FLOAT16)}
     weights = {
         "bitmap": (layer.bitmap, TensorProto.INT32),
         "values": S,

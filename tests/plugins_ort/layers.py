@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -19,7 +20,7 @@ TOLERANCE = 8 * ROUNDING
 
 @dataclass(frozen=True)
 class RandomLayer:
-    """Weights in float64 and as stored; `element` is the ONNX element type (1 float32, 3 int8, 16 bfloat16)."""
+    """Weights in float64 and as stored; `element` is the values' ONNX type (1 float32, 2 int4, 3 int8, 16 bfloat16)."""
 
     element: int
     S: np.ndarray
@@ -42,7 +43,7 @@ class RandomLayer:
         if activations == "bf16":
             # Eight significant bits: half a step is at most 2^-8 of the number; and 1 % for what is rounded on the way.
             bound += 1.01 * 2.0**-8 * size
-        if self.element == 3:
+        if self.element in (2, 3):
             # Activations are rounded to 16 bits of the token's largest: half a step each, and 1 % for what is rounded
             # on the way to it.
             step = np.abs(x64).max(axis=1, initial=0) / 32767
@@ -67,16 +68,35 @@ def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
 
 
-def random_layer(N: int, K: int, r: int, density: float, dtype: str, seed: int = 0) -> RandomLayer:
-    """A layer whose kept places are random; one in eight of the stored values is zero, which is legal."""
+def pack_int4(integers: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The kept of -8 … 7, two per byte, the first in the low half; every row and every 64 columns begin a new byte.
+
+    Args:
+        integers: [N, K].
+        kept: bool [N, K].
+    """
+    packed: list[int] = []
+    for n in range(len(kept)):
+        for k in range(0, kept.shape[1], 64):
+            block = integers[n, k : k + 64][kept[n, k : k + 64]].tolist()
+            pairs = zip_longest(block[::2], block[1::2], fillvalue=0)
+            packed += [(low & 15) | (high & 15) << 4 for low, high in pairs]
+    return np.array(packed, np.uint8)
+
+
+def random_layer(
+    N: int, K: int, r: int, density: float, dtype: str, seed: int = 0, kept: np.ndarray | None = None
+) -> RandomLayer:
+    """A layer that keeps random places, or `kept` [N, K]; one in eight of the stored values is zero, which is legal."""
     rng = np.random.default_rng(seed)
-    kept = rng.random((N, K)) < density
+    if kept is None:
+        kept = rng.random((N, K)) < density
     S, U, V = (rng.standard_normal(shape).astype(np.float32) for shape in [(N, K), (N, r), (r, K)])
     S[~kept | (rng.random((N, K)) < 1 / 8)] = 0
     bias = rng.standard_normal(N).astype(np.float32)
-    scales, S_int8 = random_scales(S, rng)
-    if dtype == "int8":
-        S = S_int8 * scales.astype(np.float32).repeat(64, axis=1)[:, :K]
+    scales, integers = random_scales(S, rng, 8 if dtype == "int4" else 128)
+    if dtype in ("int8", "int4"):
+        S = integers * scales.astype(np.float32).repeat(64, axis=1)[:, :K]
     if dtype != "f32":
         U, V = (from_bf16_bits(bf16_bits(array)) for array in (U, V))
     if dtype == "bf16":
@@ -84,21 +104,22 @@ def random_layer(N: int, K: int, r: int, density: float, dtype: str, seed: int =
     bits = np.zeros((N, -(-K // 64) * 64), dtype=bool)
     bits[:, :K] = kept
     store = np.ascontiguousarray if dtype == "f32" else bf16_bits
+    values = {"int8": lambda: integers[kept], "int4": lambda: pack_int4(integers, kept)}
     stored = {
         "bitmap": np.packbits(bits, axis=1, bitorder="little").view(np.int32),
-        "values": S_int8[kept] if dtype == "int8" else store(S[kept]),
+        "values": values.get(dtype, lambda: store(S[kept]))(),
         "U": store(U),
         "V": store(V),
         "bias": bias,
     }
-    if dtype == "int8":
+    if dtype in ("int8", "int4"):
         stored["scales"] = scales
     wide = (array.astype(np.float64) for array in (S, U, V, bias))
-    return RandomLayer({"f32": 1, "int8": 3, "bf16": 16}[dtype], *wide, stored=stored)
+    return RandomLayer({"f32": 1, "int4": 2, "int8": 3, "bf16": 16}[dtype], *wide, stored=stored)
 
 
-def random_scales(S: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Float16 scales [N, ⌈K/64⌉] of many sizes, and S rounded to int8; some blocks use -128, and some have scale 0."""
+def random_scales(S: np.ndarray, rng: np.random.Generator, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Float16 scales [N, ⌈K/64⌉] of many sizes, and S in integers; some blocks use -most, and some have scale 0."""
     N, K = S.shape
     words = -(-K // 64)
     padded = np.zeros((N, 64 * words), np.float32)
@@ -107,7 +128,7 @@ def random_scales(S: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     # Down to 1e-7, where float16 is subnormal.
     scales = np.where(rng.random((N, words)) < 1 / 16, 0, 10.0 ** rng.uniform(-7, 0, (N, words))).astype(np.float16)
     largest = np.abs(blocks).max(axis=2, keepdims=True, initial=1e-30)
-    rounded = np.rint(blocks / largest * 128).clip(-128, 127).astype(np.int8)
+    rounded = np.rint(blocks / largest * most).clip(-most, most - 1).astype(np.int8)
     return scales, rounded.reshape(N, 64 * words)[:, :K]
 
 

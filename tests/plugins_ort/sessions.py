@@ -20,6 +20,7 @@ _ELEMENTS = {
     "int32": TensorProto.INT32,
     "float32": TensorProto.FLOAT,
     "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
     "float16": TensorProto.FLOAT16,
     "uint16": TensorProto.BFLOAT16,
 }

@@ -16,7 +16,8 @@ from plugins_ort import library
 
 from .layers import GuardedArray, RandomLayer, expected_of, random_layer
 
-DTYPES = ("f32", "bf16", "int8")
+INTEGERS = ("int8", "int4")
+DTYPES = ("f32", "bf16", *INTEGERS)
 TOKENS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 96, 97, 130)
 SHAPES = (  # N, K, r
     (1, 1, 0),
@@ -130,14 +131,7 @@ def test_any_layer_agrees_with_float64(
 
 def rows_with(counts: list[int], K: int, dtype: str) -> RandomLayer:
     """A layer whose row n stores exactly counts[n] values."""
-    layer = random_layer(len(counts), K, 4, 1.0, dtype)
-    kept = np.arange(K)[None, :] < np.array(counts)[:, None]
-    bits = np.zeros((len(counts), -(-K // 64) * 64), dtype=bool)
-    bits[:, :K] = kept
-    values = layer.stored["values"].reshape(len(counts), K)[kept]
-    bitmap = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
-    stored = {**layer.stored, "values": values, "bitmap": bitmap}
-    return RandomLayer(layer.element, np.where(kept, layer.S, 0), layer.U, layer.V, layer.bias, stored)
+    return random_layer(len(counts), K, 4, 1.0, dtype, kept=np.arange(K)[None, :] < np.array(counts)[:, None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,9 +180,10 @@ def test_a_token_depends_on_its_neighbours_only_where_the_algorithm_changes(kern
     assert changes <= 2
 
 
+@pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("M", [1, 7, 100])
-def test_one_large_activation_leaves_int8_layers_exact_enough(kernel: str, M: int) -> None:
-    layer = random_layer(300, 1024, 16, 0.5, "int8")
+def test_one_large_activation_leaves_integer_layers_exact_enough(kernel: str, dtype: str, M: int) -> None:
+    layer = random_layer(300, 1024, 16, 0.5, dtype)
     x = inputs(M, 1024)
     x[:, 77] = 50
     y, _ = layer.reference(x)
@@ -213,8 +208,9 @@ def test_errors_of_a_layer_stay_small(kernel: str, dtype: str, M: int) -> None:
 
 @pytest.mark.parametrize("M", [1, 7, 20])
 @pytest.mark.parametrize("value", [0.0, 1e-35, 1e-20, 1e30, np.inf, np.nan], ids=str)
-def test_int8_layers_take_activations_of_any_size(kernel: str, M: int, value: float) -> None:
-    layer = random_layer(20, 130, 0, 0.5, "int8")
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integer_layers_take_activations_of_any_size(kernel: str, dtype: str, M: int, value: float) -> None:
+    layer = random_layer(20, 130, 0, 0.5, dtype)
     x = np.full((M, 130), value, np.float32)
     with native(layer, kernel) as run:
         y = run(x)
@@ -225,14 +221,15 @@ def test_int8_layers_take_activations_of_any_size(kernel: str, M: int, value: fl
         assert np.isnan(y).all()
 
 
-def test_int8_values_and_scales_come_together(kernel: str) -> None:
-    layer = random_layer(8, 70, 2, 0.5, "int8")
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integer_values_and_scales_come_together(kernel: str, dtype: str) -> None:
+    layer = random_layer(8, 70, 2, 0.5, dtype)
     without = {name: array for name, array in layer.stored.items() if name != "scales"}
-    with pytest.raises(ValueError, match="int8 values need scales"):
-        NativeLayer(RandomLayer(3, layer.S, layer.U, layer.V, layer.bias, without), kernel)
+    with pytest.raises(ValueError, match="int8 and int4 values need scales"):
+        NativeLayer(RandomLayer(layer.element, layer.S, layer.U, layer.V, layer.bias, without), kernel)
     wide = random_layer(8, 70, 2, 0.5, "f32")
     both = {**wide.stored, "scales": layer.stored["scales"]}
-    with pytest.raises(ValueError, match="values that are not int8 have no scales"):
+    with pytest.raises(ValueError, match="float values have no scales"):
         NativeLayer(RandomLayer(1, wide.S, wide.U, wide.V, wide.bias, both), kernel)
 
 
@@ -242,6 +239,32 @@ def test_a_wrong_number_of_values_is_refused(kernel: str) -> None:
     count = layer.stored["values"].size
     with pytest.raises(ValueError, match=f"says that {count} values are stored, but there are {count - 1}"):
         NativeLayer(RandomLayer(1, layer.S, layer.U, layer.V, layer.bias, short), kernel)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_wrong_number_of_int4_bytes_is_refused(kernel: str, change: int) -> None:
+    layer = random_layer(8, 70, 2, 0.5, "int4")
+    count = layer.stored["values"].size
+    given = {**layer.stored, "values": np.resize(layer.stored["values"], count + change)}
+    message = f"says that {count} bytes of int4 values are stored, but there are {count + change}"
+    with pytest.raises(ValueError, match=message):
+        NativeLayer(RandomLayer(2, layer.S, layer.U, layer.V, layer.bias, given), kernel)
+
+
+def test_int4_values_lie_two_in_a_byte_and_every_block_begins_a_new_one(kernel: str) -> None:
+    # Three values of the first block, one of the second, in one row: 1, -8 | 7 | -1.
+    kept = np.zeros((1, 128), bool)
+    kept[0, [3, 5, 60, 64]] = True
+    layer = random_layer(1, 128, 0, 0, "int4", kept=kept)
+    layer.stored["values"][:] = [0x81, 0x07, 0x0F]
+    layer.stored["scales"][:] = [[2, 0.5]]
+    layer.stored["bias"][:] = 0
+    x = np.zeros((4, 128), np.float32)
+    x[[0, 1, 2, 3], [3, 5, 60, 64]] = 1
+    with native(layer, kernel) as run:
+        for M in (1, 4, 40):
+            y = run(np.resize(x, (M, 128)))[:4, 0]
+            np.testing.assert_allclose(y, np.array([2, -16, 14, -0.5])[:M], rtol=1e-6)
 
 
 def test_bits_in_the_padding_columns_are_refused(kernel: str) -> None:

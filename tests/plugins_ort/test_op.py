@@ -21,12 +21,14 @@ from plugins_ort import library
 from .layers import expected_of, random_layer
 from .sessions import ATTRIBUTES, model_of, open_session
 
+DTYPES = ("f32", "bf16", "int8", "int4")
+
 
 def tokens(*shape: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("N", "K", "r", "density"),
     [(70, 130, 33, 0.5), (257, 576, 0, 0.5), (5, 64, 3, 0.0), (64, 63, 0, 0.0), (33, 128, 7, 1.0)],
@@ -43,7 +45,7 @@ def test_agrees_with_float64(dtype: str, N: int, K: int, r: int, density: float)
         assert (np.abs(y.reshape(-1, N) - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_and_two_threads_give_the_same_bits(dtype: str) -> None:
     model = model_of(random_layer(900, 640, 96, 0.5, dtype))
     one, two = open_session(model, threads=1), open_session(model, threads=2)
@@ -98,14 +100,16 @@ def test_a_weight_that_is_not_constant_is_refused(name: str) -> None:
         open_session(model)
 
 
-def test_scales_that_are_not_constant_are_refused() -> None:
-    model = model_of(random_layer(8, 70, 2, 0.5, "int8"), fed=["scales"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_scales_that_are_not_constant_are_refused(dtype: str) -> None:
+    model = model_of(random_layer(8, 70, 2, 0.5, dtype), fed=["scales"])
     with pytest.raises(Exception, match=r"'layer.7': scales is absent, computed in the graph or fed"):
         open_session(model)
 
 
-def test_int8_values_without_scales_are_refused() -> None:
-    layer = random_layer(8, 70, 2, 0.5, "int8")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integer_values_without_scales_are_refused(dtype: str) -> None:
+    layer = random_layer(8, 70, 2, 0.5, dtype)
     del layer.stored["scales"]
     with pytest.raises(Exception, match=r"'layer.7': scales is absent, computed in the graph or fed"):
         open_session(model_of(layer))
@@ -121,9 +125,20 @@ def test_int8_values_without_scales_are_refused() -> None:
     ],
     ids=["shape", "negative", "infinite", "U"],
 )
-def test_int8_weights_that_disagree_are_refused(replaced: dict[str, np.ndarray], message: str) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integer_weights_that_disagree_are_refused(dtype: str, replaced: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(Exception, match=message):
-        open_session(model_of(random_layer(8, 70, 2, 0.5, "int8"), replaced=replaced))
+        open_session(model_of(random_layer(8, 70, 2, 0.5, dtype), replaced=replaced))
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_int4_values_of_another_size_are_refused(change: int) -> None:
+    layer = random_layer(8, 70, 2, 0.5, "int4")
+    count = layer.stored["values"].size
+    model = model_of(layer, replaced={"values": np.resize(layer.stored["values"], count + change)})
+    message = f"'layer.7': the bitmap says that {count} bytes of int4 values are stored, but there are {count + change}"
+    with pytest.raises(Exception, match=message):
+        open_session(model)
 
 
 LAYER = random_layer(8, 70, 2, 0.5, "f32")  # bitmap [8, 4], U [8, 2], V [2, 70]
@@ -141,7 +156,7 @@ VALUES = LAYER.stored["values"]
         ({"values": VALUES.astype(np.int32)}, "values have ONNX element type 6"),
         ({"V": np.zeros((3, 70), np.float32)}, r"V is \[3, 70\], but U and V ask for \[2, 70\]"),
         ({"V": np.zeros((2, 70), np.uint16)}, "values, U and V are not of one type"),
-        ({"scales": np.zeros((8, 2), np.float16)}, "scales are given, but the values are not int8"),
+        ({"scales": np.zeros((8, 2), np.float16)}, "scales are given, but the values are neither int8 nor int4"),
         ({"bias": np.zeros(7, np.float32)}, r"bias is \[7\], but U and V ask for \[8\]"),
         ({"U": np.zeros((0, 2), np.float32)}, r"bitmap is \[8, 4\], but U and V ask for \[0, 4\]"),
     ],

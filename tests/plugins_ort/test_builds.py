@@ -1,4 +1,4 @@
-"""The kernel sweep again, with the library built under the compiler's sanitizers."""
+"""The kernel sweep again, with other builds: under the compiler's sanitizers, and with AVX-512 emulated."""
 
 from __future__ import annotations
 
@@ -21,16 +21,24 @@ pytestmark = [
 ]
 
 
+MEMORY = ("libasan.so", "libubsan.so")
+
+
 @pytest.mark.parametrize(
-    ("sanitizers", "runtimes", "tests"),
+    ("options", "runtimes", "tests"),
     [
-        ("address,undefined", ("libasan.so", "libubsan.so"), "test_kernels"),
-        ("thread", ("libtsan.so",), "number_of_threads or any_layer"),
+        (["-DSSLC_SANITIZE=address,undefined"], MEMORY, "test_kernels"),
+        (["-DSSLC_SANITIZE=thread"], ("libtsan.so",), "number_of_threads or any_layer"),
+        # plugins_ort/emulator: the AVX-512 kernels' own source, on a processor of any kind.
+        (["-DSSLC_EMULATE=ON"], (), "avx512 and not neighbours"),
+        (["-DSSLC_EMULATE=ON", "-DSSLC_SANITIZE=address,undefined"], MEMORY, "avx512 and side_by_side"),
     ],
-    ids=["address and undefined", "thread"],
+    ids=["address and undefined", "thread", "emulated", "emulated, address and undefined"],
 )
-def test_the_kernel_sweep_passes_under(sanitizers: str, runtimes: tuple[str, ...], tests: str, tmp_path: Path) -> None:
-    build = ["cmake", "-S", ROOT, "-B", tmp_path, f"-DSSLC_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
+def test_the_kernel_sweep_passes_with(
+    options: list[str], runtimes: tuple[str, ...], tests: str, tmp_path: Path
+) -> None:
+    build = ["cmake", "-S", ROOT, "-B", tmp_path, *options, "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     subprocess.run([*build, "-DCMAKE_CXX_COMPILER=g++"], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path, "--parallel", "2"], check=True, capture_output=True)
     environment = {
@@ -47,3 +55,5 @@ def test_the_kernel_sweep_passes_under(sanitizers: str, runtimes: tuple[str, ...
     sweep = [sys.executable, "-m", "pytest", "tests/plugins_ort/test_kernels.py", "-p", "no:cacheprovider", "-k", tests]
     result = subprocess.run(sweep, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    if "-DSSLC_EMULATE=ON" in options:
+        assert "has no avx512" not in result.stdout  # the kernels ran, rather than being skipped

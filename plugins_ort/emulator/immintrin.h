@@ -1,0 +1,201 @@
+// The AVX-512 instructions that the kernels use, as plain loops, for tests: in place of the compiler's header of this
+// name it lets the kernels' own source run on any processor, under sanitizers too (CMakeLists.txt, SSLC_EMULATE).
+//
+// Each function does what Intel's manual says of the intrinsic of its name (SDM volume 2; the pseudocode of the
+// Intrinsics Guide). What a processor is strict about is strict here: a load reads all of its bytes, or with a mask those
+// of its lanes and no other; an aligned store traps elsewhere; a product and its sum are rounded once.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+typedef float __m512 __attribute__((vector_size(64), may_alias));
+typedef long long __m512i __attribute__((vector_size(64), may_alias));
+typedef short __m512bh __attribute__((vector_size(64), may_alias));
+typedef long long __m256i __attribute__((vector_size(32), may_alias));
+typedef uint16_t __mmask16;
+typedef uint32_t __mmask32;
+typedef uint64_t __mmask64;
+
+// Calls, since the kernels' loops are unrolled: inlined, they take minutes to compile.
+#define EMULATED inline __attribute__((noinline))
+
+enum { _MM_HINT_T0, _MM_HINT_T1 };
+inline void _mm_prefetch(const char*, int) {}  // any address may be prefetched
+
+namespace emulated {
+
+template <class T, int N>
+struct Array {
+  T at[N];
+};
+
+template <class To, class From>
+inline To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Every element of type T of a vector through `f`.
+template <class T, class V, class F>
+inline V map(V v, const F& f) {
+  auto lanes = as<Array<T, sizeof(V) / sizeof(T)>>(v);
+  for (T& lane : lanes.at) lane = static_cast<T>(f(lane));
+  return as<V>(lanes);
+}
+
+// Every element widened from From to To.
+template <class From, class To, class V>
+EMULATED __m512i widened(V v) {
+  const auto lanes = as<Array<From, sizeof(V) / sizeof(From)>>(v);
+  Array<To, 64 / sizeof(To)> out;
+  for (unsigned i = 0; i < 64 / sizeof(To); ++i) out.at[i] = lanes.at[i];
+  return as<__m512i>(out);
+}
+
+template <class T, class V>
+inline V all(T value) {
+  Array<T, sizeof(V) / sizeof(T)> lanes;
+  for (T& lane : lanes.at) lane = value;
+  return as<V>(lanes);
+}
+
+template <class T, class V>
+inline V masked_load(uint64_t mask, const void* p) {
+  Array<T, sizeof(V) / sizeof(T)> lanes{};
+  for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i)
+    if ((mask >> i & 1) != 0) std::memcpy(&lanes.at[i], static_cast<const char*>(p) + i * sizeof(T), sizeof(T));
+  return as<V>(lanes);
+}
+
+template <class T>
+EMULATED __m512i expand(__m512i otherwise, uint64_t mask, __m512i values) {
+  auto lanes = as<Array<T, 64 / sizeof(T)>>(otherwise);
+  const auto from = as<Array<T, 64 / sizeof(T)>>(values);
+  for (unsigned i = 0, next = 0; i < 64 / sizeof(T); ++i)
+    if ((mask >> i & 1) != 0) lanes.at[i] = from.at[next++];
+  return as<__m512i>(lanes);
+}
+
+// float16 to float32, subnormal, infinite and NaN among them.
+inline float of_half(uint16_t half) {
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  const float size = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
+                     : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                     : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return (half >> 15) != 0 ? -size : size;
+}
+
+inline float of_bfloat16(uint16_t bits) { return as<float>(static_cast<uint32_t>(bits) << 16); }
+
+// VDPBF16PS takes subnormal numbers, and returns them, as zero.
+inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+
+}  // namespace emulated
+
+// ---- floats ----
+
+EMULATED __m512 _mm512_setzero_ps() { return __m512{}; }
+EMULATED __m512 _mm512_set1_ps(float value) { return emulated::all<float, __m512>(value); }
+EMULATED __m512 _mm512_loadu_ps(const void* p) { return emulated::load<__m512>(p); }
+EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
+  return emulated::masked_load<float, __m512>(mask, p);
+}
+EMULATED void _mm512_storeu_ps(void* p, __m512 v) { std::memcpy(p, &v, sizeof v); }
+EMULATED void _mm512_store_ps(void* p, __m512 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) __builtin_trap();
+  _mm512_storeu_ps(p, v);
+}
+EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+}
+// Halves are added to halves, as g++ and clang do it.
+EMULATED float _mm512_reduce_add_ps(__m512 v) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+EMULATED __m512 _mm512_castsi512_ps(__m512i v) { return emulated::as<__m512>(v); }
+EMULATED __m512 _mm512_cvtepi32_ps(__m512i v) {
+  const auto lanes = emulated::as<emulated::Array<int32_t, 16>>(v);
+  __m512 out;
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(lanes.at[i]);
+  return out;
+}
+EMULATED __m512 _mm512_cvtph_ps(__m256i v) {
+  const auto lanes = emulated::as<emulated::Array<uint16_t, 16>>(v);
+  __m512 out;
+  for (int i = 0; i < 16; ++i) out[i] = emulated::of_half(lanes.at[i]);
+  return out;
+}
+// The odd element's product first, then the even one's, each added with one rounding.
+EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  const auto x = emulated::as<emulated::Array<uint16_t, 32>>(a), y = emulated::as<emulated::Array<uint16_t, 32>>(b);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 2 * i + 1; j >= 2 * i; --j)
+      sum[i] = emulated::flushed(std::fma(emulated::flushed(emulated::of_bfloat16(x.at[j])),
+                                          emulated::flushed(emulated::of_bfloat16(y.at[j])), emulated::flushed(sum[i])));
+  return sum;
+}
+
+// ---- integers ----
+
+EMULATED __m512i _mm512_setzero_si512() { return __m512i{}; }
+EMULATED __m512i _mm512_set1_epi8(char value) { return emulated::all<char, __m512i>(value); }
+EMULATED __m512i _mm512_set1_epi16(short value) { return emulated::all<short, __m512i>(value); }
+EMULATED __m512i _mm512_set1_epi32(int value) { return emulated::all<int, __m512i>(value); }
+EMULATED __m512i _mm512_loadu_si512(const void* p) { return emulated::load<__m512i>(p); }
+EMULATED __m256i _mm256_loadu_si256(const __m256i* p) { return emulated::load<__m256i>(p); }
+EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* p) {
+  return emulated::masked_load<uint16_t, __m512i>(mask, p);
+}
+EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
+  return emulated::masked_load<uint16_t, __m256i>(mask, p);
+}
+EMULATED void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
+EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
+EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
+EMULATED __m512i _mm512_slli_epi16(__m512i v, unsigned n) {
+  return emulated::map<uint16_t>(v, [n](uint16_t lane) { return n > 15 ? 0 : lane << n; });
+}
+EMULATED __m512i _mm512_slli_epi32(__m512i v, unsigned n) {
+  return emulated::map<uint32_t>(v, [n](uint32_t lane) { return n > 31 ? 0 : lane << n; });
+}
+EMULATED __m512i _mm512_srai_epi32(__m512i v, unsigned n) {
+  return emulated::map<int32_t>(v, [n](int32_t lane) { return lane >> (n > 31 ? 31 : n); });
+}
+EMULATED __m512i _mm512_cvtepi8_epi16(__m256i v) { return emulated::widened<int8_t, int16_t>(v); }
+EMULATED __m512i _mm512_cvtepu8_epi16(__m256i v) { return emulated::widened<uint8_t, uint16_t>(v); }
+EMULATED __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
+  return emulated::load<__m256i>(reinterpret_cast<const char*>(&v) + half * 32);
+}
+EMULATED __m256i _mm512_castsi512_si256(__m512i v) { return _mm512_extracti64x4_epi64(v, 0); }
+EMULATED __m512i _mm512_mask_expand_epi8(__m512i otherwise, __mmask64 mask, __m512i values) {
+  return emulated::expand<uint8_t>(otherwise, mask, values);
+}
+EMULATED __m512i _mm512_mask_expand_epi16(__m512i otherwise, __mmask32 mask, __m512i values) {
+  return emulated::expand<uint16_t>(otherwise, mask, values);
+}
+EMULATED __m512i _mm512_mask_expand_epi32(__m512i otherwise, __mmask16 mask, __m512i values) {
+  return emulated::expand<uint32_t>(otherwise, mask, values);
+}
+// Sums wrap around.
+EMULATED __m512i _mm512_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
+  auto lanes = emulated::as<emulated::Array<uint32_t, 16>>(sums);
+  const auto x = emulated::as<emulated::Array<int16_t, 32>>(a), y = emulated::as<emulated::Array<int16_t, 32>>(b);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 2 * i; j < 2 * i + 2; ++j) lanes.at[i] += static_cast<uint32_t>(int32_t{x.at[j]} * y.at[j]);
+  return emulated::as<__m512i>(lanes);
+}
