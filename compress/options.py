@@ -43,7 +43,10 @@ BUDGET_UNITS = ("bytes", "params")
 ALLOCATIONS = ("fisher", "uniform", "owl", "farms", "welore", "knapsack", "cap", "cap_reinforce")
 TEXT_ALLOCATIONS = ("owl", "knapsack", "cap", "cap_reinforce")  # cannot do without; fisher is uniform then
 JOINT_ALLOCATIONS = ("knapsack", "cap", "cap_reinforce")  # choose ranks together with the rooms
-JOINT_SHARE = 0.15  # The error of layers is least near it, at half of the parameters (docs/methods.md).
+JOINT_SHARE, JOINT_SHARE_OF_FOUR = (
+    0.15,
+    0.25,
+)  # Where the error of layers is least (docs/methods.md); masks such as 2:4.
 HEADS = ("keep", "int8")
 TUNED = ("all", "factors")
 
@@ -64,8 +67,8 @@ class CompressOptions:
             scale per row and 64 columns, and bfloat16 for U and V.
         head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for
             one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
-        rank_share: Share of the room for values that goes to U and V. None for 0.15 with the method "joint", unless the
-            allocation chooses ranks itself, and else for the rank that pays in each layer by its singular values, often
+        rank_share: Share of the room for values that goes to U and V. None for 0.15 with the method "joint" (0.25 with
+            mask rules for four columns), unless the allocation chooses ranks itself, and else for the rank that pays in each layer by its singular values, often
             0, and always 0 with a uniform allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
         mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
@@ -150,7 +153,8 @@ class CompressOptions:
     def share(self) -> float | None:
         """The rank share that holds; None where ranks are free."""
         if self.rank_share is None and self.method == "joint" and self.allocation not in JOINT_ALLOCATIONS:
-            return JOINT_SHARE
+            rule = parse_rule(self.mask_rule)
+            return JOINT_SHARE_OF_FOUR if rule and rule.group == 4 else JOINT_SHARE
         return self.rank_share
 
     def what_decides(self) -> dict[str, Any]:

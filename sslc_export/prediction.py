@@ -23,22 +23,23 @@ PREFILL_TOKENS = 512
 
 # Share of the read bandwidth at one token, from the layer of 4096 × 4096 with half of the parameters kept and from
 # SmolLM2 (docs/prediction.md). avx512_bf16 was measured, and avx512 is the same at one token. avx2 and portable: as
-# much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md). int4 was not measured yet: it is taken
-# to be like int8, here and below. One thread of ONNX Runtime's dense MatMul leaves more of its bandwidth unused than
-# two.
+# much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md); int4 with avx2 by its ratio on Zen 3.
+# Elsewhere int4 was not measured, and is taken to be like int8, here and below. One thread of ONNX Runtime's dense
+# MatMul leaves more of its bandwidth unused than two.
 _DENSE_STREAM, _DENSE_STREAM_THREADS = 0.79, 0.92
 _STREAM = {
     "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
     "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
-    "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42, "int4": 0.42},
+    "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42, "int4": 0.22},
     "portable": {"f32": 0.14, "bf16": 0.06, "int8": 0.06, "int4": 0.06},
 }
 # Dense operations per second over ONNX Runtime's dense float32 ones, from 128 to 512 tokens, where half of the
-# parameters are kept (the same tables). f32 computes on what is kept only, the others on all of it.
+# parameters are kept (the same tables; avx2 on Zen 3, where dense has no more). f32 computes on what is kept only,
+# the others on all of it.
 _COMPUTE = {
     "avx512_bf16": {"f32": 1.25, "bf16": 1.65, "int8": 1.55, "int4": 1.55},
     "avx512": {"f32": 1.25, "bf16": 1.31, "int8": 1.05, "int4": 1.05},
-    "avx2": {"f32": 0.87, "bf16": 0.80, "int8": 0.5, "int4": 0.5},
+    "avx2": {"f32": 1.5, "bf16": 1.4, "int8": 1.1, "int4": 1.0},
     "portable": {"f32": 0.37, "bf16": 0.31, "int8": 0.2, "int4": 0.2},
 }
 # Everything but linear layers, in seconds of one thread: per block and token at decode, and per block, token and hidden

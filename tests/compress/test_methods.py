@@ -197,7 +197,9 @@ def solved(method, nnz, rank, N=40, K=60):
     return error(W, H, SOLVERS[method](W, H, nnz, rank))
 
 
-@pytest.mark.parametrize("method", ["joint", "wanda", "sparsegpt", "alps", "hassle_free", "three_basil", "sslc", "oats"])
+@pytest.mark.parametrize(
+    "method", ["joint", "wanda", "sparsegpt", "alps", "hassle_free", "three_basil", "sslc", "oats"]
+)
 def test_a_look_at_the_data_is_better_than_magnitude(method):
     assert solved(method, 1200, 0) < 0.95 * solved("magnitude", 1200, 0)
 

@@ -21,7 +21,7 @@ from tests.tiny_models import DENSE_FAMILIES, FAMILIES, VOCABULARY, lowered
 TOLERANCE = 1e-5
 # Kernels that round activations to 16 bits: by 2e-5 of their root mean square for int8 values, and where there are
 # bfloat16 dot products by up to 2e-3 of each for bfloat16 values and many tokens. The body rounds nothing.
-ROUNDED = {"int8 values": 2e-4, "bfloat16 weights, compressed": 5e-3}
+ROUNDED = {"int8 values": 2e-4, "int4 values": 2e-4, "bfloat16 weights, compressed": 5e-3}
 
 
 def tokens(batch, length, seed=0):
@@ -109,6 +109,7 @@ def test_engine_with_the_onnx_body_agrees_with_pytorch(family):
 VARIANTS = {
     "bfloat16 weights, compressed": ("qwen2", {"dtype": torch.bfloat16}),
     "int8 values": ("qwen2", {"dtype": torch.int8}),
+    "int4 values": ("qwen2", {"dtype": torch.uint8}),
     "bfloat16 weights, dense": ("qwen2", {"dtype": torch.bfloat16, "compressed": False}),
     "float16 weights, dense, tied": (
         "llama",

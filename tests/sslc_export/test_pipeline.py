@@ -78,7 +78,7 @@ def test_the_resolved_recipe_repeats_the_build(built, tmp_path):
         assert (tmp_path / name).read_bytes() == (built[0] / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 def test_values_of_fewer_bits_pass_with_a_tolerance_of_their_own(tiny_folder, text_file, tmp_path, dtype):
     out = tmp_path / "engine.onnx"
     arguments = ["--model", str(tiny_folder), "--out", str(out), *CALIBRATION, "--calibration", str(text_file)]
@@ -87,7 +87,7 @@ def test_values_of_fewer_bits_pass_with_a_tolerance_of_their_own(tiny_folder, te
     limits = {limit["name"]: limit for limit in verdict["limits"]}
     for name in ("max_relative_l2", "max_layer_error"):
         rounds = kernel_name() == "avx512_bf16"
-        assert limits[name]["limit"] == (1e-3 if dtype == "int8" else 2e-2 if rounds else 1e-5)
+        assert limits[name]["limit"] == (1e-3 if dtype in ("int8", "int4") else 2e-2 if rounds else 1e-5)
         assert limits[name]["outcome"] == "passed"
 
 
