@@ -69,8 +69,8 @@ class CompressOptions:
             one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
         rank_share: Share of the room for values that goes to U and V. None for 0.15 with the method "joint" (0.25 with
             mask rules for four columns), unless the allocation chooses ranks itself. With other methods None is for the
-            rank that pays in each layer by its singular values, often 0, and always 0 with a uniform allocation. Methods
-            without a low-rank part ignore it.
+            rank that pays in each layer by its singular values, often 0, and always 0 with a uniform allocation.
+            Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
         mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
             A layer that would keep more than CAP/GROUP of its entries keeps as many as the rule allows.
