@@ -35,7 +35,7 @@ PRODUCTS = {
     "svd_llm": (7, 7),
     "fwsvd": (3, 3),
 }
-_EFFICIENCY = 0.66  # Of the best rate, with all that is no product, as SmolLM2's blocks had it on one thread of a Zen 3.
+_EFFICIENCY = 0.66  # Of the best rate, counting all that is no product: SmolLM2's blocks on one thread of a Zen 3.
 _PROCESS = 450 << 20  # PyTorch and transformers themselves
 
 
