@@ -336,7 +336,7 @@ def _embeddings(config: Path, entries: object, layers: dict[str, LayerInfo]) -> 
 
 
 def _verify_scales(scales: Tensor, name: str, ref: TensorRef) -> None:
-    if (scales < 0).any():
+    if torch.signbit(scales).any():  # −0, too, which the kernel does not take
         raise _damaged(ref.file, f"Tensor {name} holds negative scales", float(scales.min()), "0 or more")
 
 

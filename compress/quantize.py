@@ -63,7 +63,7 @@ def per_column(scales: Tensor, K: int) -> Tensor:
 def _round_groups(groups: Tensor, bits: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Values [n, groups, 64] as float32 integers and scales float16 [n, groups] for groups of the same shape."""
     low, high = LIMITS[bits]
-    fitting = torch.maximum(groups.amax(dim=2) / high, groups.amin(dim=2) / low)
+    fitting = torch.maximum(groups.amax(dim=2) / high, groups.amin(dim=2) / low).abs()  # of an empty group 0, not −0
     if float(fitting.max()) * max(_CANDIDATES[bits]) > _LARGEST_HALF:
         raise ArithmeticError("values are too large for a float16 scale")
     best_error = torch.full_like(fitting, torch.inf)

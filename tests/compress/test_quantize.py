@@ -56,6 +56,7 @@ def test_groups_without_values_have_scale_zero(bits):
     assert scales[0, 0] == scales[0, 2] == 0
     assert not scales[1].any()
     assert widened(rounded, scales)[0, 100] == pytest.approx(1, rel=1e-3)
+    assert not torch.signbit(scales).any()
 
 
 def test_all_sixteen_int4_values_are_used_where_they_fit():
