@@ -27,7 +27,7 @@ RATE_PER_ERROR = 0.012
 LEAST_RATE = 6e-4
 WARM_UP = 5  # steps
 LAST = 0.05  # The rate falls along a cosine to this share.
-TOKENS_PER_STEP = 512  # The error fell by 2 to 5 % less with 1024, in half as many steps.
+TOKENS_PER_STEP = 512  # With 1024, in half as many steps, the error ended higher: 5 % in block 0, 0.5 % in block 12.
 SHRINKAGE = 0.1  # Of F towards its diagonal: it is measured on few tokens.
 
 
