@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.methods import alps, svd_llm
-from compress.methods.linalg import damped, least_squares_on_support, low_rank_again
+from compress.methods.linalg import damped, least_squares_on_support, whitened_again
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
 from compress.rules import MaskRule
@@ -42,18 +42,12 @@ def solve(
         mask = top_overall(target.abs(), nnz, rule)
         D = target * mask
         dual += rho * (S - D)
-        U, V, basis = _whitened(A - S, root, rank, basis)
+        U, V, basis = whitened_again(A - S, root, rank, basis)
         rest = A - U @ V
         if iteration % EVERY == 0:
             rho = alps.faster(rho, int((mask ^ before).sum()) / nnz)
             inverse, before = (Q / (eigenvalues + rho)) @ Q.T, mask
     for _ in range(TURNS):
-        U, V, basis = _whitened(A - D, root, rank, basis)
+        U, V, basis = whitened_again(A - D, root, rank, basis)
         D = least_squares_on_support(A - U @ V, mask, D, G, LEAST_SQUARES)
     return Solution(mask, D / d, U, V / d)
-
-
-def _whitened(A: Tensor, root: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The best rank-r part of A in ‖·X‖, G = R·Rᵀ with R = `root`, from the directions of the last turn."""
-    U, V, basis = low_rank_again(A @ root, rank, basis)
-    return U, torch.linalg.solve_triangular(root, V, upper=False, left=False), basis

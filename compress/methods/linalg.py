@@ -67,6 +67,12 @@ def low_rank_again(A: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, 
     return (Q @ left[:, :rank]) * root, root[:, None] * right[:rank], right.T
 
 
+def whitened_again(A: Tensor, root: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`low_rank_again` in ‖·X‖, for XXᵀ = R·Rᵀ with R = `root` [K, K], lower."""
+    U, V, basis = low_rank_again(A @ root, rank, basis)
+    return U, torch.linalg.solve_triangular(root, V, upper=False, left=False), basis
+
+
 def _columns(A: Tensor, rank: int, times: int) -> int | None:
     """Directions of a randomized SVD; None where they are more than half of all, and an exact one is no slower.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.methods import alps, svd_llm
-from compress.methods.linalg import damped, low_rank_again
+from compress.methods.linalg import damped, whitened_again
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
 from compress.rules import MaskRule
@@ -44,8 +44,7 @@ def solve(
         mask = top_overall(target.abs(), nnz, rule)
         D = target * mask
         dual += rho * (S - D)
-        U, V, basis = low_rank_again((A - S) @ root, rank, basis)
-        V = torch.linalg.solve_triangular(root, V, upper=False, left=False)
+        U, V, basis = whitened_again(A - S, root, rank, basis)
         T = A - U @ V
         if iteration % EVERY == 0:
             changed = int((mask ^ before).sum()) / max(nnz, 1)

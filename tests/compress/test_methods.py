@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from compress.methods import magnitude, oats, sparsegpt, sslc, three_basil, wanda
+from compress.methods import linalg, magnitude, oats, sparsegpt, sslc, three_basil, wanda
 from compress.methods.cap import robust_pca, svd
 from compress.methods.linalg import damped, input_norms, least_squares_on_support, low_rank, low_rank_again
 from compress.methods.masks import top_overall, top_per_row
@@ -308,7 +308,7 @@ def test_directions_followed_over_turns_are_those_of_an_exact_svd(rank):
 def test_three_basil_renews_rho_every_ten_iterations_and_ends_where_the_mask_has_settled(monkeypatch):
     W, H = problem(40, 60)
     changes = []
-    monkeypatch.setattr(three_basil, "low_rank_again", counted := Counted(three_basil.low_rank_again))
+    monkeypatch.setattr(linalg, "low_rank_again", counted := Counted(linalg.low_rank_again))
     monkeypatch.setattr(three_basil, "top_overall", lambda *args: changes.append(top_overall(*args)) or changes[-1])
     solution = three_basil.solve(W, H, 1200, 4)
     assert counted.calls % three_basil.EVERY == 0
