@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,10 @@ def batches(hidden: Tensor) -> Iterator[Tensor]:
     yield from hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1]))
 
 
+class _AllSeenError(Exception):
+    """Ends the run of a block whose outputs are not wanted."""
+
+
 def _shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> dict[str, str]:
     """For each layer, the first layer that is given the very same values (q, k and v; gate and up)."""
     seen: dict[str, Tensor] = {}
@@ -162,16 +167,21 @@ def _observe(
     see: Callable[[str, Tensor], object],
 ) -> None:
     """Runs the block on hidden states and calls `see` with the name and the input [tokens, K] of each layer."""
-    handles = []
+    handles, missing = [], set(layers)
     for name, layer in layers.items():
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             see(name, args[0].reshape(-1, args[0].shape[-1]))
+            missing.discard(name)
+            if not missing:
+                raise _AllSeenError  # the last layer's product, one of the largest, is not wanted
 
         handles.append(layer.register_forward_pre_hook(hook))
     try:
         for batch in batches(hidden):
-            block(batch, *call.args, **call.kwargs)
+            missing.update(layers)
+            with suppress(_AllSeenError):
+                block(batch, *call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()

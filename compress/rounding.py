@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.layer import SCALE_GROUP
-from compress.methods.hassle_free import whitened_low_rank
-from compress.methods.linalg import damped
+from compress.methods.linalg import damped, whitened_low_rank
 from compress.methods.solution import Solution
 from compress.quantize import LIMITS, per_column, round_to_nearest
 

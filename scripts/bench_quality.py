@@ -65,6 +65,7 @@ class Record:
         ratio: Perplexity over the dense model's, paired.
         ratio_standard_error: Of `ratio`.
         tokens: Predicted.
+        calibration_tokens: Solved on; 0 without calibration.
         bytes: Of the linear layers in the blocks.
         dense_bytes: Of the same layers, dense.
         layer_error: Mean over the layers of ‖(W − S − UV)X‖/‖WX‖ on calibration text not solved on; None without.
@@ -81,6 +82,7 @@ class Record:
     ratio: float
     ratio_standard_error: float
     tokens: int
+    calibration_tokens: int
     bytes: int
     dense_bytes: int
     layer_error: float | None
@@ -92,7 +94,8 @@ def main() -> int:
     arguments = _arguments()
     done = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for record in _measure(arguments, Path(folder), _finished(done, len(arguments.held_out))):
+        known = {(r["method"], r["budget"], r["budget_in"], r["text"]) for r in done}
+        for record in _measure(arguments, Path(folder), known):
             done.append(asdict(record))
             print(_line(done[-1]), flush=True)
             if arguments.json:
@@ -103,15 +106,7 @@ def main() -> int:
     return 0
 
 
-def _finished(records: list[dict[str, Any]], texts: int) -> set[tuple[str, float, str]]:
-    """What was measured on all texts; what was interrupted between two of them is dropped from the records."""
-    keys = [(r["method"], r["budget"], r["budget_in"]) for r in records]
-    whole = {key for key in keys if keys.count(key) >= texts}
-    records[:] = [record for record, key in zip(records, keys, strict=True) if key in whole]
-    return whole
-
-
-def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, float, str]]) -> Iterator[Record]:
+def _measure(arguments: argparse.Namespace, folder: Path, known: set[tuple[str, float, str, str]]) -> Iterator[Record]:
     import compress
     from compress.calibration import read_tokens
     from compress.layer import keep_decoded
@@ -127,9 +122,12 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
     }
     dense = _dense(arguments, texts)
 
+    def missing(method: str, budget: float, unit: str) -> list[str]:
+        return [text for text in texts if (method, budget, unit, text) not in known]
+
     def records(method: str, budget: float, unit: str, engine: Any, **rest: Any) -> Iterator[Record]:
-        for text, chunks in texts.items():
-            found: Perplexity = perplexity(engine, chunks)
+        for text in missing(method, budget, unit):
+            found: Perplexity = perplexity(engine, texts[text])
             ratio = perplexity_ratio(found, dense[text])
             values = (found.perplexity, found.standard_error, dense[text].perplexity)
             tail = (ratio.ratio, ratio.standard_error, found.tokens)
@@ -139,7 +137,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
         for budget in arguments.budgets:
             for method in arguments.methods:
                 label = " ".join([method, *arguments.set])
-                if (label, budget, unit) in done:
+                if not missing(label, budget, unit):
                     continue
                 chosen: dict[str, Any] = {}
                 if method != "default":
@@ -164,6 +162,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
                     budget,
                     unit,
                     TorchEngine(model),
+                    calibration_tokens=report.calibration_tokens,
                     bytes=report.bytes,
                     dense_bytes=report.dense_bytes,
                     layer_error=sum(errors) / len(errors) if errors else None,
@@ -173,13 +172,14 @@ def _measure(arguments: argparse.Namespace, folder: Path, done: set[tuple[str, f
     for bits in arguments.ort_bits:
         began = time.perf_counter()
         path, size, dense_size = _quantized(arguments.model, folder, bits)
-        if (f"ort_int{bits}", size / dense_size, "bytes") in done:
+        if not missing(f"ort_int{bits}", size / dense_size, "bytes"):
             continue
         yield from records(
             f"ort_int{bits}",
             size / dense_size,
             "bytes",
             OnnxRuntimeEngine(path),
+            calibration_tokens=0,
             bytes=size,
             dense_bytes=dense_size,
             layer_error=None,

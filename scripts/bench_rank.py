@@ -178,8 +178,7 @@ def _stretched(layer: Layer, width: int) -> Layer:
 
 def _measure(layer: Layer, arguments: argparse.Namespace, seen: set[tuple[Any, ...]]) -> Iterator[Record]:
     from compress.methods import hassle_free, joint, wanda
-    from compress.methods.hassle_free import whitened_low_rank
-    from compress.methods.linalg import damped
+    from compress.methods.linalg import damped, whitened_low_rank
     from compress.rules import parse_rule
 
     W, (N, K) = layer.W, layer.W.shape

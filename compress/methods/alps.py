@@ -15,6 +15,7 @@ from compress.methods.solution import Solution, sparse_only
 from compress.rules import MaskRule
 
 ITERATIONS = 24
+EVERY = 3  # iterations, ρ is renewed
 RHO = 0.1  # The paper's first ρ, for a Gram matrix with a unit diagonal.
 LEAST_SQUARES = 10  # The paper's steps of conjugate gradients.
 
@@ -39,21 +40,40 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None 
         rule: Of the mask.
     """
     d, A, G = scaled(W, H)
-    eigenvalues, Q = torch.linalg.eigh(G)
-    del G
-    mask = top_overall(A.abs(), nnz, rule)
-    S, dual, before, rho = A * mask, torch.zeros_like(A), mask, RHO
-    inverse = (Q / (eigenvalues + rho)) @ Q.T
+    before = mask = top_overall(A.abs(), nnz, rule)
+    rho = RHO
+    S, dual = A * mask, torch.zeros_like(A)
     for iteration in range(iterations):
-        B = A + (rho * (S - A) - dual) @ inverse  # G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
-        target = B + dual / rho
-        mask = top_overall(target.abs(), nnz, rule)
-        S = target * mask
-        dual += rho * (B - S)
-        if iteration % 3 == 2:
-            rho = faster(rho, int((mask ^ before).sum()) / max(nnz, 1))
-            inverse, before = (Q / (eigenvalues + rho)) @ Q.T, mask
+        if iteration % EVERY == 0:
+            if iteration:
+                rho, dual = faster(rho, dual, changed=int((mask ^ before).sum()) / max(nnz, 1))
+            at_rho, before = inverse(G, rho), mask
+        _, S, dual, mask = step(A, S, dual, rho, at_rho, nnz, rule)
     return S / d, mask
+
+
+def step(
+    A: Tensor, S: Tensor, dual: Tensor, rho: float, inverse: Tensor, nnz: int, rule: MaskRule | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One iteration of ADMM on min ‖(A − S)X‖² with nnz values in S.
+
+    Args:
+        A: [N, K].
+        S: [N, K], sparse.
+        dual: [N, K], that of B = S, over ρ.
+        rho: ρ.
+        inverse: (G + ρ)⁻¹ [K, K] for G = XXᵀ.
+        nnz: Values of S.
+        rule: Of the mask.
+
+    Returns:
+        B, dense; S; the dual; the mask of S.
+    """
+    B = torch.addmm(A, S - A - dual, inverse, alpha=rho)  # since G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
+    target = B + dual
+    mask = top_overall(target.abs(), nnz, rule)
+    S = target * mask
+    return B, S, target - S, mask
 
 
 def scaled(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +82,14 @@ def scaled(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d, W * d, H / d / d[:, None]
 
 
-def faster(rho: float, changed: float) -> float:
-    """The paper's schedule: ρ grows faster while a larger share of the mask still changes."""
-    return rho * (1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1)
+def inverse(G: Tensor, rho: float) -> Tensor:
+    """(G + ρ)⁻¹ [K, K], by Cholesky: no slower than from the eigenvectors of G, which need not be found then."""
+    G = G.clone()
+    G.diagonal().add_(rho)
+    return torch.cholesky_inverse(torch.linalg.cholesky(G))
+
+
+def faster(rho: float, dual: Tensor, changed: float) -> tuple[float, Tensor]:
+    """The paper's schedule: ρ grows faster while a larger share of the mask still changes. The dual is over ρ."""
+    growth = 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
+    return rho * growth, dual / growth

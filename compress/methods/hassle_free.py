@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.methods import alps
-from compress.methods.linalg import damped, least_squares_on_support, low_rank
+from compress.methods.linalg import damped, least_squares_on_support, whitened_low_rank
 from compress.methods.solution import Solution
 from compress.rules import MaskRule
 
@@ -33,9 +33,3 @@ def solve(W: Tensor, H: Tensor, nnz: int, rank: int, rule: MaskRule | None = Non
         S = least_squares_on_support(W - U @ V, mask, S, H, alps.LEAST_SQUARES)
         U, V = whitened_low_rank(W - S, root, rank)
     return Solution(mask, least_squares_on_support(W - U @ V, mask, S, H, alps.LEAST_SQUARES), U, V)
-
-
-def whitened_low_rank(W: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U, V with U·V the best rank-r approximation of W in ‖·X‖, for XXᵀ = R·Rᵀ with R = `root` [K, K], lower."""
-    U, V = low_rank(W @ root, rank)
-    return U, torch.linalg.solve_triangular(root, V, upper=False, left=False)

@@ -4,7 +4,7 @@ The ADMM is 3BASiL's (Makni et al., NeurIPS 2025; see `three_basil`), in which S
 That matters more than all else: in turns, as HASSLE-free has it, each part settles where the other has no use, and a
 low-rank part then costs more than it gives (docs/methods.md). 3BASiL lets ρ grow slowly over some hundreds of
 iterations and fits nothing afterwards; here ρ grows faster, and least squares in turns mend what that leaves, in a
-fifth of the time.
+seventh of the time.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from compress.methods import alps, svd_llm
-from compress.methods.linalg import damped, least_squares_on_support, whitened_again
+from compress.methods.linalg import damped, least_squares_on_support, low_rank_again
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
 from compress.rules import MaskRule
 
-ITERATIONS = 60
+# On nine layers of SmolLM2, 60 iterations left 0.2 % less error in a third more time; 36, 6 % more.
+ITERATIONS = 48
 EVERY = 6  # iterations, ρ is renewed
 TURNS = 2  # of least squares: the best L for S, then the values of S on its mask for L
-LEAST_SQUARES = 8  # steps of conjugate gradients in each
+LEAST_SQUARES = 5  # steps of conjugate gradients in each
 
 
 def solve(
@@ -31,23 +32,18 @@ def solve(
     if rank == 0 or nnz == 0:
         return (svd_llm if rank else alps).solve(W, H, nnz, rank, rule)
     d, A, G = alps.scaled(W, damped(H))
-    root = torch.linalg.cholesky(G)
-    eigenvalues, Q = torch.linalg.eigh(G)
-    mask, basis, rho = top_overall(A.abs(), nnz, rule), None, alps.RHO
-    rest, D, dual, before = A, A * mask, torch.zeros_like(A), mask  # rest is A − L
-    inverse = (Q / (eigenvalues + rho)) @ Q.T
-    for iteration in range(1, iterations + 1):
-        S = rest + (rho * (D - rest) - dual) @ inverse  # G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
-        target = S + dual / rho
-        mask = top_overall(target.abs(), nnz, rule)
-        D = target * mask
-        dual += rho * (S - D)
-        U, V, basis = whitened_again(A - S, root, rank, basis)
-        rest = A - U @ V
+    before = mask = top_overall(A.abs(), nnz, rule)
+    basis, rho = None, alps.RHO
+    rest, D, dual = A, A * mask, torch.zeros_like(A)  # rest is A − L
+    for iteration in range(iterations):
         if iteration % EVERY == 0:
-            rho = alps.faster(rho, int((mask ^ before).sum()) / nnz)
-            inverse, before = (Q / (eigenvalues + rho)) @ Q.T, mask
+            if iteration:
+                rho, dual = alps.faster(rho, dual, changed=int((mask ^ before).sum()) / nnz)
+            inverse, before = alps.inverse(G, rho), mask
+        S, D, dual, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
+        U, V, basis = low_rank_again(A - S, rank, basis, G)
+        rest = A - U @ V
     for _ in range(TURNS):
-        U, V, basis = whitened_again(A - D, root, rank, basis)
+        U, V, basis = low_rank_again(A - D, rank, basis, G)
         D = least_squares_on_support(A - U @ V, mask, D, G, LEAST_SQUARES)
     return Solution(mask, D / d, U, V / d)

@@ -40,37 +40,46 @@ def low_rank(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[:, :rank] * root, (right[:, :rank] * root).T.contiguous()
 
 
-def low_rank_again(A: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def whitened_low_rank(W: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U, V with U·V the best rank-r approximation of W in ‖·X‖, for XXᵀ = R·Rᵀ with R = `root` [K, K], lower."""
+    U, V = low_rank(W @ root, rank)
+    return U, torch.linalg.solve_triangular(root, V, upper=False, left=False)
+
+
+def low_rank_again(
+    A: Tensor, rank: int, basis: Tensor | None, G: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `low_rank`, for a matrix that is a little other than in the last turn: for methods that take an SVD in each.
 
     One step of subspace iteration from the directions of the last turn costs two products with A, where a randomized
-    SVD from nothing costs six, and over the turns the directions come as close to those of an exact SVD.
+    SVD from nothing costs six, and over the turns the directions come as close to those of an exact SVD. In ‖·X‖ it
+    runs on A·R, G = R·Rᵀ, without R and without that product: all that is needed of it is (A·R)·(A·R)ᵀ = A·G·Aᵀ.
 
     Args:
         A: [N, K].
         rank: r.
         basis: [K, directions] of the last turn; None in the first.
+        G: X·Xᵀ [K, K], positive definite, to approximate A best in ‖·X‖; None for the Frobenius norm.
 
     Returns:
         U [N, r], V [r, K] and the basis for the next turn.
     """
     columns = _columns(A, rank, 3)
     if columns is None or rank == 0:
-        return *low_rank(A, rank), None
+        U, V = low_rank(A, rank) if G is None else whitened_low_rank(A, torch.linalg.cholesky(G), rank)
+        return U, V, None
+    steps = 1 if basis is not None else 3
     if basis is None:
         basis = torch.randn(A.shape[1], columns, dtype=A.dtype)
-        for _ in range(2):
-            basis = torch.linalg.qr(A.T @ torch.linalg.qr(A @ basis).Q).Q
-    Q = torch.linalg.qr(A @ basis).Q
-    left, s, right = torch.linalg.svd(Q.T @ A, full_matrices=False)
-    root = s[:rank].sqrt()
-    return (Q @ left[:, :rank]) * root, root[:, None] * right[:rank], right.T
-
-
-def whitened_again(A: Tensor, root: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`low_rank_again` in ‖·X‖, for XXᵀ = R·Rᵀ with R = `root` [K, K], lower."""
-    U, V, basis = low_rank_again(A @ root, rank, basis)
-    return U, torch.linalg.solve_triangular(root, V, upper=False, left=False), basis
+    for _ in range(steps):
+        Q = torch.linalg.qr(A @ basis).Q
+        inside = Q.T @ A
+        image = inside if G is None else inside @ G
+        squares, left = (part.flip(-1) for part in torch.linalg.eigh(image @ inside.T))
+        basis = image.T @ left
+    size = squares[:rank].clamp_min(torch.finfo(A.dtype).tiny) ** 0.25
+    left = left[:, :rank]
+    return Q @ (left * size), (left.T @ inside) / size[:, None], basis
 
 
 def _columns(A: Tensor, rank: int, times: int) -> int | None:

@@ -65,8 +65,8 @@ def _top(scores: Tensor, count: int) -> Tensor:
         return torch.zeros(scores.shape, dtype=torch.bool)
     # numpy's partition is vectorized and some twenty times as fast as torch.kthvalue or torch.topk here.
     threshold = torch.from_numpy(np.partition(scores.numpy(), K - count, axis=1)[:, K - count, None])
-    mask, ties = scores > threshold, scores == threshold
-    missing = count - mask.sum(1, keepdim=True)
-    if (ties.sum(1, keepdim=True) != missing).any():
-        ties &= ties.cumsum(1) <= missing
-    return mask | ties
+    mask = scores >= threshold
+    if (mask.sum(1) != count).any():  # several are as large as the threshold
+        mask, ties = scores > threshold, scores == threshold
+        mask |= ties & (ties.cumsum(1) <= count - mask.sum(1, keepdim=True))
+    return mask

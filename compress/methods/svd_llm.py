@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.methods.hassle_free import whitened_low_rank
-from compress.methods.linalg import damped, input_norms
+from compress.methods.linalg import damped, input_norms, whitened_low_rank
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
 from compress.rules import MaskRule

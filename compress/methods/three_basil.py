@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.methods import alps, svd_llm
-from compress.methods.linalg import damped, whitened_again
+from compress.methods.linalg import damped, low_rank_again
 from compress.methods.masks import top_overall
 from compress.methods.solution import Solution
 from compress.rules import MaskRule
@@ -32,25 +32,19 @@ def solve(
     if rank == 0 or nnz == 0:
         return (svd_llm if rank else alps).solve(W, H, nnz, rank, rule)
     d, A, G = alps.scaled(W, damped(H))
-    root = torch.linalg.cholesky(G)
-    eigenvalues, Q = torch.linalg.eigh(G)
-    del G
-    mask, basis = top_overall(A.abs(), nnz, rule), None
-    T, D, dual, before, rho = A, A * mask, torch.zeros_like(A), mask, alps.RHO
-    inverse = (Q / (eigenvalues + rho)) @ Q.T
+    mask, basis, rho = top_overall(A.abs(), nnz, rule), None, alps.RHO
+    rest, D, dual, before = A, A * mask, torch.zeros_like(A), mask  # rest is A − L
+    inverse = alps.inverse(G, rho)
     for iteration in range(1, iterations + 1):
-        S = T + (rho * (D - T) - dual) @ inverse  # G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
-        target = S + dual / rho
-        mask = top_overall(target.abs(), nnz, rule)
-        D = target * mask
-        dual += rho * (S - D)
-        U, V, basis = whitened_again(A - S, root, rank, basis)
-        T = A - U @ V
+        S, D, dual, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
+        U, V, basis = low_rank_again(A - S, rank, basis, G)
+        rest = A - U @ V
         if iteration % EVERY == 0:
-            changed = int((mask ^ before).sum()) / max(nnz, 1)
+            changed = int((mask ^ before).sum()) / nnz
             if changed == 0 or (iteration > AT_LEAST and changed < SETTLED):
                 break
-            rho *= 1.1 if changed > 0.1 else 1.05 if changed > 0.005 else 1.02
-            inverse, before = (Q / (eigenvalues + rho)) @ Q.T, mask
+            growth = 1.1 if changed > 0.1 else 1.05 if changed > 0.005 else 1.02
+            rho, dual = rho * growth, dual / growth
+            inverse, before = alps.inverse(G, rho), mask
     mask = top_overall(S.abs(), nnz, rule)
     return Solution(mask, S * mask / d, U, V / d)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from compress.methods import linalg, magnitude, oats, sparsegpt, sslc, three_basil, wanda
+from compress.methods import alps, magnitude, oats, sparsegpt, sslc, three_basil, wanda
 from compress.methods.cap import robust_pca, svd
 from compress.methods.linalg import damped, input_norms, least_squares_on_support, low_rank, low_rank_again
 from compress.methods.masks import top_overall, top_per_row
@@ -305,11 +305,25 @@ def test_directions_followed_over_turns_are_those_of_an_exact_svd(rank):
     assert errors[0] == pytest.approx(errors[1], rel=0.01)  # what the methods are held to against published code
 
 
+@pytest.mark.parametrize("rank", [3, 16, 40])
+def test_directions_followed_in_the_norm_of_the_inputs_are_those_of_a_whitened_svd(rank):
+    W, H = problem(120, 160)
+    G, basis = damped(H), None
+    torch.manual_seed(0)
+    for _ in range(10):
+        U, V, basis = low_rank_again(W, rank, basis, G)
+    root = torch.linalg.cholesky(G.double())
+    best = float(torch.linalg.svdvals(W.double() @ root)[rank:].norm())
+    assert float(((W - U @ V).double() @ root).norm()) == pytest.approx(best, rel=2e-3)
+    assert torch.allclose(U.norm(dim=0), (V.double() @ root).norm(dim=1).float(), rtol=1e-3)
+
+
 def test_three_basil_renews_rho_every_ten_iterations_and_ends_where_the_mask_has_settled(monkeypatch):
     W, H = problem(40, 60)
     changes = []
-    monkeypatch.setattr(linalg, "low_rank_again", counted := Counted(linalg.low_rank_again))
-    monkeypatch.setattr(three_basil, "top_overall", lambda *args: changes.append(top_overall(*args)) or changes[-1])
+    monkeypatch.setattr(three_basil, "low_rank_again", counted := Counted(low_rank_again))
+    for module in (alps, three_basil):
+        monkeypatch.setattr(module, "top_overall", lambda *args: changes.append(top_overall(*args)) or changes[-1])
     solution = three_basil.solve(W, H, 1200, 4)
     assert counted.calls % three_basil.EVERY == 0
     assert counted.calls <= three_basil.ITERATIONS
