@@ -136,7 +136,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "sslc_set_kernel": (number, [ctypes.c_char_p]),
         "sslc_layers_alive": (integer, []),
         "sslc_op_calls": (integer, []),
-        "sslc_layer_create": (pointer, [number, *[integer] * 3, pointer, pointer, integer, *[pointer] * 4]),
+        "sslc_layer_create": (pointer, [number, *[integer] * 3, pointer, pointer, integer, *[pointer] * 4, number]),
         "sslc_layer_destroy": (None, [pointer]),
         "sslc_layer_forward": (number, [pointer, pointer, integer, pointer, number]),
         "sslc_read": (number, [pointer, integer, number]),

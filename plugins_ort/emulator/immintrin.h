@@ -167,6 +167,7 @@ EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
 EMULATED void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
 EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
+EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 EMULATED __m512i _mm512_slli_epi16(__m512i v, unsigned n) {
   return emulated::map<uint16_t>(v, [n](uint16_t lane) { return n > 15 ? 0 : lane << n; });
 }
@@ -192,6 +193,14 @@ EMULATED __m512i _mm512_mask_expand_epi32(__m512i otherwise, __mmask16 mask, __m
   return emulated::expand<uint32_t>(otherwise, mask, values);
 }
 // Sums wrap around.
+EMULATED __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
+  auto lanes = emulated::as<emulated::Array<uint32_t, 16>>(sums);
+  const auto x = emulated::as<emulated::Array<uint8_t, 64>>(a);
+  const auto y = emulated::as<emulated::Array<int8_t, 64>>(b);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 4 * i; j < 4 * i + 4; ++j) lanes.at[i] += static_cast<uint32_t>(int32_t{x.at[j]} * y.at[j]);
+  return emulated::as<__m512i>(lanes);
+}
 EMULATED __m512i _mm512_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
   auto lanes = emulated::as<emulated::Array<uint32_t, 16>>(sums);
   const auto x = emulated::as<emulated::Array<int16_t, 32>>(a), y = emulated::as<emulated::Array<int16_t, 32>>(b);

@@ -66,10 +66,10 @@ SSLC_EXPORT int64_t sslc_layers_alive() { return sslc::layers_alive; }
 SSLC_EXPORT int64_t sslc_op_calls() { return sslc::op_calls; }
 
 // A layer on borrowed weights, without a session. dtype: 1 float32, 2 int4 in uint8, 3 int8, 16 bfloat16; scales only for
-// int4 and int8, else nullptr. value_count: elements of `values`. nullptr on failure.
+// int4 and int8, else nullptr. value_count: elements of `values`. activation_bits: 16 or 8. nullptr on failure.
 SSLC_EXPORT void* sslc_layer_create(int dtype, int64_t N, int64_t K, int64_t r, const void* bitmap, const void* values,
                                     int64_t value_count, const void* U, const void* V, const void* bias,
-                                    const void* scales) {
+                                    const void* scales, int activation_bits) {
   return guard<void*>(nullptr, [&]() -> void* {
     const sslc::Kernels* kernels = sslc::kernels(&last_error);
     if (kernels == nullptr) return nullptr;
@@ -85,6 +85,7 @@ SSLC_EXPORT void* sslc_layer_create(int dtype, int64_t N, int64_t K, int64_t r, 
     layer.V = static_cast<const uint8_t*>(V);
     layer.bias = static_cast<const uint8_t*>(bias);
     layer.scales = static_cast<const uint8_t*>(scales);
+    layer.activation_bits = activation_bits;
     auto prepared = std::make_unique<sslc::PreparedLayer>();
     return prepared->prepare(layer, value_count, kernels, &last_error) ? prepared.release() : nullptr;
   });

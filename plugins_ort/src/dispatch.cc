@@ -10,7 +10,7 @@ extern const Kernels kPortable;
 // In a test build with SSLC_EMULATE the AVX-512 kernels run on any processor, and there is no AVX2.
 #if defined SSLC_X86 || defined SSLC_EMULATE
 extern const Kernels kAvx512;
-extern const PairKernels kAvx512Bf16Pairs;
+extern const LaneKernels kAvx512Bf16Pairs;
 #endif
 #ifdef SSLC_X86
 extern const Kernels kAvx2;

@@ -85,6 +85,10 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
     *error = layer.scales == nullptr ? "int8 and int4 values need scales" : "float values have no scales";
     return false;
   }
+  if (layer.activation_bits != 16 && layer.activation_bits != 8) {
+    *error = "activations of " + text(layer.activation_bits) + " bits; 16 and 8 are known";
+    return false;
+  }
   const bool int4 = layer.dtype == Dtype::i4;
   const int64_t size = is_integer(layer.dtype) ? 1 : factor_size_of(layer.dtype);
   row_start_.resize(static_cast<size_t>(layer.N + 1));
@@ -122,8 +126,8 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
 
 void PreparedLayer::forward(const float* x, int64_t M, float* y, const Parallel& parallel) const {
   if (M <= 0) return;
-  if (const PairKernels* pairs = pairs_for(M))
-    forward_pairs(*pairs, x, M, y, parallel);
+  if (const LaneKernels* lanes = lanes_for(M))
+    forward_lanes(*lanes, x, M, y, parallel);
   else if (is_integer(layer_.dtype))
     forward_integers(x, M, y, parallel);
   else if (M <= kernels_->few)
@@ -154,15 +158,19 @@ void PreparedLayer::forward_few(const float* x, int64_t M, float* y, const Paral
              [&](int64_t begin, int64_t end) { kernels.rows_few(layer_, begin, end, x, t, M, y); });
 }
 
-// Null where 16-bit pairs are not what this many tokens are multiplied in.
-const PairKernels* PreparedLayer::pairs_for(int64_t M) const {
-  const PairKernels& pairs = layer_.dtype == Dtype::i8   ? kernels_->int8_pairs
-                             : layer_.dtype == Dtype::i4 ? kernels_->int4_pairs
-                                                         : kernels_->bf16_pairs;
-  return layer_.dtype != Dtype::f32 && pairs.from > 0 && M >= pairs.from ? &pairs : nullptr;
+// Null where this many tokens are not multiplied in lanes of 16 or 8 bits.
+const LaneKernels* PreparedLayer::lanes_for(int64_t M) const {
+  const auto from = [M](const LaneKernels& kernels) { return kernels.from > 0 && M >= kernels.from ? &kernels : nullptr; };
+  const bool few_bits = layer_.activation_bits == 8;
+  switch (layer_.dtype) {
+    case Dtype::i8: return few_bits && from(kernels_->int8_quads) ? &kernels_->int8_quads : from(kernels_->int8_pairs);
+    case Dtype::i4: return few_bits && from(kernels_->int4_quads) ? &kernels_->int4_quads : from(kernels_->int4_pairs);
+    case Dtype::bf16: return from(kernels_->bf16_pairs);
+    default: return nullptr;
+  }
 }
 
-void PreparedLayer::forward_pairs(const PairKernels& kernels, const float* x, int64_t M, float* y,
+void PreparedLayer::forward_lanes(const LaneKernels& kernels, const float* x, int64_t M, float* y,
                                   const Parallel& parallel) const {
   const int64_t N = layer_.N, K = layer_.K, Kp = layer_.words * kBlock, r = layer_.r, rp = round_up(r, kBlock);
   const int64_t units = (M + 15) / 16, tiles = (M + kernels.columns - 1) / kernels.columns;
@@ -170,17 +178,17 @@ void PreparedLayer::forward_pairs(const PairKernels& kernels, const float* x, in
     const int64_t columns = (units * (tile + 1) / tiles - units * tile / tiles) * 16;
     const int64_t count = std::min(columns, M - m);
     float* t = scratch.at_least((rp + Kp / 2 + 1) * columns);
-    uint8_t* pairs = reinterpret_cast<uint8_t*>(t + rp * columns);
+    uint8_t* lanes = reinterpret_cast<uint8_t*>(t + rp * columns);
     float* scales = t + (rp + Kp / 2) * columns;
     std::memset(t + r * columns, 0, static_cast<size_t>((rp - r) * columns) * sizeof(float));
     for_ranges(parallel, columns, 16, [&](int64_t begin, int64_t) {
-      kernels.pair_up(x + m * K, count, K, Kp, begin, columns, pairs, scales);
+      kernels.to_lanes(x + m * K, count, K, Kp, begin, columns, lanes, scales);
     });
     for_ranges(parallel, r, std::max<int64_t>(round_up(r / 2, 16), 16), [&](int64_t begin, int64_t end) {
-      kernels.project(layer_, begin, end, pairs, columns, t);
+      kernels.project(layer_, begin, end, lanes, columns, t);
     });
     for_ranges(parallel, N, std::max<int64_t>(round_up(N / 8, 32), 32), [&](int64_t begin, int64_t end) {
-      kernels.rows(layer_, begin, end, pairs, scales, t, columns, count, y + m * N);
+      kernels.rows(layer_, begin, end, lanes, scales, t, columns, count, y + m * N);
     });
     m += count;
   }

@@ -24,8 +24,8 @@ class PreparedLayer {
   const TypeKernels& of_type() const;
   void forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_integers(const float* x, int64_t M, float* y, const Parallel& parallel) const;
-  const PairKernels* pairs_for(int64_t M) const;
-  void forward_pairs(const PairKernels& kernels, const float* x, int64_t M, float* y, const Parallel& parallel) const;
+  const LaneKernels* lanes_for(int64_t M) const;
+  void forward_lanes(const LaneKernels& kernels, const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_many(const float* x, int64_t M, float* y, const Parallel& parallel) const;
 
   Layer layer_{};

@@ -8,19 +8,21 @@ namespace {
 
 #include "avx512.inc"
 
-#include "pairs.inc"
+#include "lanes.inc"
 
 // bfloat16 values times activations rounded to bfloat16, added in float32.
 struct Bf16Pairs {
-  struct Lanes16 {
+  struct Product {
     using Sum = Vec;
     static constexpr bool kScaled = false;
     static constexpr int kColumns = 2;
     static constexpr int64_t kRowBytes = 2 * kBlock;
-    static Sum start(const float* c) { return load(c); }
+    static constexpr int kTokenRows = 0;
+    static Sum start(const float* c, const uint8_t*) { return load(c); }
     static Sum dot(Sum sum, Lanes w, Lanes x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-    static void finish(Sum sum, const float*, float* c) { store(c, sum); }
+    static void finish(Sum sum, const float*, const uint8_t*, float* c) { store(c, sum); }
   };
+  using Number = int16_t;
   static constexpr int kLines = 2;
 
   struct Token {
@@ -45,26 +47,26 @@ struct Bf16Pairs {
   }
 
   static void project(const Layer& layer, int64_t first, int64_t rows, const uint8_t* x, int64_t columns, float* c) {
-    alignas(64) uint8_t w[kPairPanel * Lanes16::kRowBytes] = {};
+    alignas(64) uint8_t w[kLanePanel * Product::kRowBytes] = {};
     for (int64_t k = 0; k < layer.K; k += kBlock) {
       const int64_t bytes = 2 * (layer.K - k < kBlock ? layer.K - k : kBlock);
       for (int64_t i = 0; i < rows; ++i) {
         const uint8_t* row = layer.V + 2 * ((first + i) * layer.K + k);
         prefetch(row + 256);
-        if (bytes == Lanes16::kRowBytes) {
-          __builtin_memcpy(w + i * Lanes16::kRowBytes, row, Lanes16::kRowBytes);
+        if (bytes == Product::kRowBytes) {
+          __builtin_memcpy(w + i * Product::kRowBytes, row, Product::kRowBytes);
         } else {
-          __builtin_memset(w + i * Lanes16::kRowBytes, 0, Lanes16::kRowBytes);
-          __builtin_memcpy(w + i * Lanes16::kRowBytes, row, static_cast<size_t>(bytes));
+          __builtin_memset(w + i * Product::kRowBytes, 0, Product::kRowBytes);
+          __builtin_memcpy(w + i * Product::kRowBytes, row, static_cast<size_t>(bytes));
         }
       }
-      add_block<Lanes16>(round_up(rows, 16), w, x + 2 * k * columns, columns, nullptr, c);
+      add_block<Product>(round_up(rows, 16), w, x + 2 * k * columns, columns, nullptr, c);
     }
   }
 };
 
 }  // namespace
 
-extern const PairKernels kAvx512Bf16Pairs = pair_kernels_of<Bf16Pairs>(9);
+extern const LaneKernels kAvx512Bf16Pairs = lane_kernels_of<Bf16Pairs>(9);
 
 }  // namespace sslc

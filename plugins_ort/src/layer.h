@@ -71,6 +71,7 @@ struct Layer {
   const uint8_t* V;          // [r, K]
   const uint8_t* bias;       // [N] f32
   const int64_t* row_start;  // [N + 1], where in `values` each row starts, in bytes
+  int activation_bits;       // beside integer values: 16, or 8 where there are many tokens and kernels for it
   int64_t tail_row;          // from this row on, values are read from the padded copy: reading kOverread bytes
   const uint8_t* tail;       // beyond the row would leave the tensor, which may be the end of a mapping
 };
@@ -104,17 +105,18 @@ struct IntegerKernels {
                int64_t M, float* y);
 };
 
-// What one instruction set provides for many tokens in 16 bits: of integer values, and of bfloat16 values where it
-// multiplies pairs of them. Activations are x^T by pairs of columns, [K / 2, columns] of 32 bits, K padded to a multiple of 64.
-struct PairKernels {
+// What one instruction set provides for many tokens in 16 or 8 bits: of integer values, and of bfloat16 values where it
+// multiplies pairs of them. Activations are x^T in lanes of 32 bits, two or four columns in each, K padded to a multiple
+// of 64: at most [K / 2, columns].
+struct LaneKernels {
   int64_t from;     // this many tokens or more; 0 if there are no such kernels
   int64_t columns;  // the widest tile, a multiple of 16
   // Tokens [first, first + 16) of a tile, from x [M, K]; those beyond M are zero.
-  void (*pair_up)(const float* x, int64_t M, int64_t K, int64_t padded, int64_t first, int64_t columns, uint8_t* pairs,
-                  float* scales);
+  void (*to_lanes)(const float* x, int64_t M, int64_t K, int64_t padded, int64_t first, int64_t columns, uint8_t* lanes,
+                   float* scales);
   // t^T [r, columns], without the scales of the tokens.
-  void (*project)(const Layer&, int64_t begin, int64_t end, const uint8_t* pairs, int64_t columns, float* tT);
-  void (*rows)(const Layer&, int64_t begin, int64_t end, const uint8_t* pairs, const float* scales, const float* tT,
+  void (*project)(const Layer&, int64_t begin, int64_t end, const uint8_t* lanes, int64_t columns, float* tT);
+  void (*rows)(const Layer&, int64_t begin, int64_t end, const uint8_t* lanes, const float* scales, const float* tT,
                int64_t columns, int64_t M, float* y);
 };
 
@@ -124,7 +126,8 @@ struct Kernels {
   int64_t columns;  // the widest tile of the many-token kernels
   TypeKernels f32, bf16;
   IntegerKernels int8, int4;
-  PairKernels int8_pairs, int4_pairs, bf16_pairs;
+  LaneKernels int8_pairs, int4_pairs, bf16_pairs;
+  LaneKernels int8_quads, int4_quads;  // with activations of 8 bits
   // Rows [begin, end) of x^T, from x [M, K]; columns beyond M are zero.
   void (*transpose)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t M, int64_t columns, float* xT);
   int64_t (*popcount)(const uint8_t* words, int64_t count);    // bits set in `count` 64-bit words

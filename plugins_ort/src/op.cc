@@ -1,5 +1,6 @@
 // The ONNX Runtime op sslc::LowRankSparseLinear (docs/architecture.md). Weights stay where the runtime has them, that
 // is in the mapped file: nothing is copied or repacked.
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -94,6 +95,7 @@ class Kernel {
  public:
   Kernel(const Ort& ort, const OrtKernelInfo* info) : ort_(ort), name_(node_name(info)) {
     check_attributes(info);
+    const int activation_bits = activation_bits_of(info);
     const Tensor bitmap = weight(info, 1, "bitmap", 2), values = weight(info, 2, "values", 1),
                  U = weight(info, 3, "U", 2), V = weight(info, 4, "V", 2), bias = weight(info, 5, "bias", 1);
 
@@ -121,6 +123,7 @@ class Kernel {
     layer.U = static_cast<const uint8_t*>(U.data);
     layer.V = static_cast<const uint8_t*>(V.data);
     layer.bias = static_cast<const uint8_t*>(bias.data);
+    layer.activation_bits = activation_bits;
     if (integers) {
       const Tensor scales = weight(info, 6, "scales", 2);
       expect(scales, "scales", {layer.N, layer.words});
@@ -206,6 +209,16 @@ class Kernel {
     ort_.check(ort_->KernelInfoGetAttribute_string(info, "layout", layout.data(), &size));
     layout = layout.c_str();
     if (layout != "rows64") fail("layout '" + layout + "'; this library knows 'rows64'");
+  }
+
+  // Engines from before there was a choice have no such attribute.
+  int activation_bits_of(const OrtKernelInfo* info) const {
+    int64_t bits = 16;
+    if (OrtStatus* status = ort_->KernelInfoGetAttribute_int64(info, "activation_bits", &bits)) {
+      ort_->ReleaseStatus(status);
+      return 16;
+    }
+    return static_cast<int>(std::clamp<int64_t>(bits, 0, 99));  // PreparedLayer says what is allowed
   }
 
   // nullptr for an input that is absent or not constant.

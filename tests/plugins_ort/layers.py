@@ -20,7 +20,12 @@ TOLERANCE = 8 * ROUNDING
 
 @dataclass(frozen=True)
 class RandomLayer:
-    """Weights in float64 and as stored; `element` is the values' ONNX type (1 float32, 2 int4, 3 int8, 16 bfloat16)."""
+    """Weights in float64 and as stored.
+
+    Attributes:
+        element: The values' ONNX type (1 float32, 2 int4, 3 int8, 16 bfloat16).
+        activation_bits: 8 where kernels may round the activations of many tokens to 8 bits.
+    """
 
     element: int
     S: np.ndarray
@@ -28,13 +33,14 @@ class RandomLayer:
     V: np.ndarray
     bias: np.ndarray
     stored: dict[str, np.ndarray]
+    activation_bits: int = 16
 
     def reference(self, x: np.ndarray, *, activations: str = "f32") -> tuple[np.ndarray, np.ndarray]:
         """The output in float64, and the largest error that is allowed in each of its elements.
 
         Args:
             x: Activations [tokens, K].
-            activations: "bf16" where the kernel rounds them to bfloat16.
+            activations: "bf16" or "int8" where the kernel rounds them to that.
         """
         x64 = x.astype(np.float64)
         y = x64 @ self.S.T + (x64 @ self.V.T) @ self.U.T + self.bias
@@ -49,13 +55,23 @@ class RandomLayer:
             step = np.abs(x64).max(axis=1, initial=0) / 32767
             weights = np.abs(self.S).sum(axis=1) + np.abs(self.U) @ np.abs(self.V).sum(axis=1)
             bound += 1.01 * 0.5 * step[:, None] * weights
+        if activations == "int8":
+            # To 8 bits of the largest among 64 columns.
+            K = x64.shape[1]
+            blocks = np.abs(np.pad(x64, ((0, 0), (0, -K % 64)))).reshape(len(x64), -1, 64).max(axis=2)
+            steps = (blocks / 127).repeat(64, axis=1)[:, :K]
+            bound += 1.01 * 0.5 * (steps @ np.abs(self.S).T + (steps @ np.abs(self.V).T) @ np.abs(self.U).T)
         return y, bound
 
 
 def expected_of(layer: RandomLayer, x: np.ndarray, kernel: str) -> tuple[np.ndarray, np.ndarray]:
     """The output of one call in float64, and the largest error that this kernel may have."""
-    rounds = kernel == "avx512_bf16" and layer.element == 16 and len(x) >= 9  # bfloat16 dot products
-    return layer.reference(x, activations="bf16" if rounds else "f32")
+    activations = "f32"
+    if kernel == "avx512_bf16" and layer.element == 16 and len(x) >= 9:  # bfloat16 dot products
+        activations = "bf16"
+    if kernel.startswith("avx512") and layer.activation_bits == 8 and len(x) >= 13:  # of bytes
+        activations = "int8"
+    return layer.reference(x, activations=activations)
 
 
 def bf16_bits(array: np.ndarray) -> np.ndarray:
@@ -87,7 +103,11 @@ def pack_int4(integers: np.ndarray, kept: np.ndarray) -> np.ndarray:
 def random_layer(
     N: int, K: int, r: int, density: float, dtype: str, seed: int = 0, kept: np.ndarray | None = None
 ) -> RandomLayer:
-    """A layer that keeps random places, or `kept` [N, K]; one in eight of the stored values is zero, which is legal."""
+    """A layer that keeps random places, or `kept` [N, K]; one in eight of the stored values is zero, which is legal.
+
+    With "int8 a8" and "int4 a8" for `dtype`, activations may be rounded to 8 bits.
+    """
+    dtype, few_bits = dtype.removesuffix(" a8"), dtype.endswith(" a8")
     rng = np.random.default_rng(seed)
     if kept is None:
         kept = rng.random((N, K)) < density
@@ -115,7 +135,7 @@ def random_layer(
     if dtype in ("int8", "int4"):
         stored["scales"] = scales
     wide = (array.astype(np.float64) for array in (S, U, V, bias))
-    return RandomLayer({"f32": 1, "int4": 2, "int8": 3, "bf16": 16}[dtype], *wide, stored=stored)
+    return RandomLayer({"f32": 1, "int4": 2, "int8": 3, "bf16": 16}[dtype], *wide, stored, 8 if few_bits else 16)
 
 
 def random_scales(S: np.ndarray, rng: np.random.Generator, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,8 @@ from plugins_ort import library
 from .layers import GuardedArray, RandomLayer, expected_of, random_layer
 
 INTEGERS = ("int8", "int4")
-DTYPES = ("f32", "bf16", *INTEGERS)
+FEW_BITS = ("int8 a8", "int4 a8")
+DTYPES = ("f32", "bf16", *INTEGERS, *FEW_BITS)
 TOKENS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 96, 97, 130)
 SHAPES = (  # N, K, r
     (1, 1, 0),
@@ -63,6 +64,7 @@ class NativeLayer:
             address["values"],
             layer.stored["values"].size,
             *(address.get(name) for name in ("U", "V", "bias", "scales")),
+            layer.activation_bits,
         )
         error = library.last_error(self._lib)
         self._lib.sslc_set_kernel(b"")
@@ -193,6 +195,24 @@ def test_one_large_activation_leaves_integer_layers_exact_enough(kernel: str, dt
     assert np.sqrt(np.mean(error**2) / np.mean(y**2)) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", FEW_BITS)
+@pytest.mark.parametrize("M", [1, 12, 13, 100])
+def test_activations_of_8_bits_cost_what_they_say(kernel: str, dtype: str, M: int) -> None:
+    layer = random_layer(300, 1024, 16, 0.5, dtype)
+    x = inputs(M, 1024)
+    without, _ = layer.reference(x)
+    with native(layer, kernel) as run:
+        error = run(x) - without
+        x[:, 77] = 50
+        y, _ = layer.reference(x)
+        error_beside = run(x) - y
+    rounds = kernel.startswith("avx512") and M >= 13
+    # A step is the largest of 64 normal numbers, some 2.5, over 127, and the rms of its rounding 0.29 steps: 6e-3.
+    assert np.sqrt(np.mean(error**2) / np.mean(without**2)) < (8e-3 if rounds else 2e-3)
+    # A large activation spoils the 63 beside it, with steps of 50 / 127: 0.1 of each, in 1/16 of the columns.
+    assert np.sqrt(np.mean(error_beside**2) / np.mean(without**2)) < (4e-2 if rounds else 2e-3)
+
+
 @pytest.mark.parametrize("M", [1, 8, 9, 100])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_errors_of_a_layer_stay_small(kernel: str, dtype: str, M: int) -> None:
@@ -208,7 +228,7 @@ def test_errors_of_a_layer_stay_small(kernel: str, dtype: str, M: int) -> None:
 
 @pytest.mark.parametrize("M", [1, 7, 20])
 @pytest.mark.parametrize("value", [0.0, 1e-35, 1e-20, 1e30, np.inf, np.nan], ids=str)
-@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("dtype", [*INTEGERS, *FEW_BITS])
 def test_integer_layers_take_activations_of_any_size(kernel: str, dtype: str, M: int, value: float) -> None:
     layer = random_layer(20, 130, 0, 0.5, dtype)
     x = np.full((M, 130), value, np.float32)
