@@ -40,6 +40,8 @@ def export(recipe: ExportRecipe) -> int:
     source = resolve(recipe.model)
     if out.suffix == ".plan":
         _require_kept_head(source, recipe)
+    if recipe.int8_activations:
+        _require_integer_values(source, recipe)
     if recipe.predict_only:
         return _predict(source, recipe)
     # Only now what takes seconds to import: a wrong path is answered at once.
@@ -50,7 +52,7 @@ def export(recipe: ExportRecipe) -> int:
     shapes = plans.shapes_for(recipe, longest_sequence(source)) if out.suffix == ".plan" else None
     checkpoint, dense = _compressed(source, recipe, out)
     with console.stage(f"lower {checkpoint} to {graph}"):
-        lowered = lower(checkpoint, graph, console.progress)
+        lowered = lower(checkpoint, graph, console.progress, int8_activations=recipe.int8_activations)
     plan = plans.build(lowered, out, recipe, shapes) if shapes else None
     write_record(out, checkpoint, lowered, recipe, plan)
     save_recipe(recipe, out.with_suffix(".recipe.yaml"))
@@ -122,6 +124,21 @@ def _require_kept_head(source: Path, recipe: ExportRecipe) -> None:
             got="--head int8" if recipe.head != "keep" else f"{recipe.model}, which has one",
             allowed="a dense head, which the plan stores in 16 bits",
             do="Leave --head out, or build an engine.onnx",
+        )
+
+
+def _require_integer_values(source: Path, recipe: ExportRecipe) -> None:
+    """Refuses 8-bit activations where no layer could use them."""
+    from compress.format import Checkpoint
+    from compress.options import QUANTIZED
+
+    layers = Checkpoint.open(source).layers.values()
+    stored = {layer.dtype for layer in layers}
+    if not stored & {"I8", "U8"} and (stored or recipe.values_dtype not in QUANTIZED):
+        raise InputError(
+            "8-bit activations are for layers with int8 or int4 values",
+            got=f"{', '.join(sorted(stored))} in {recipe.model}" if stored else f"--values-dtype {recipe.values_dtype}",
+            do="Leave --int8-activations out, or store the values as int8 or int4",
         )
 
 

@@ -189,6 +189,11 @@ class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
     predict_only: bool = Field(
         False, description="for .onnx: print the bytes and the speed that this build would bring here, and stop"
     )
+    int8_activations: bool = Field(
+        False,
+        description="for .onnx with int8 or int4 values: allow the kernel to round activations to 8 bits, 64 columns at "
+        "a time, from 13 tokens on, where the processor has AVX-512 VNNI; an error of 0.6 % in a layer",
+    )
     compress_slower: bool = Field(
         False,
         description="for .onnx: compress layers, too, that are predicted to decode slower than dense ones; they are "

@@ -66,6 +66,7 @@ def write_record(
         "runtime": plan.runtime if plan else "onnxruntime",
         "model": recipe.model,
         "checkpoint": _relative(checkpoint, folder),
+        "int8_activations": recipe.int8_activations,
         "kernel_layers": list(lowered.kernel_layers),
         "dense_layers": list(lowered.dense_layers),
         "op_counts": lowered.op_counts,

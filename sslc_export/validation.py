@@ -37,6 +37,7 @@ _HARNESS_LENGTH = 2048  # tokens of a harness request, where the model can; what
 _EXPLAIN_TOKENS = 64
 _HELD_OUT_LENGTH = 512  # tokens that a prediction may look back on, where the model can
 _QUANTIZED_TOLERANCE = 1e-3  # 2e-5 were seen in a layer, 2e-4 in the logits of tiny models; a fault is far above it
+_INT8_TOLERANCE = 8e-2  # 6e-3 is what rounding to 8 bits does to a layer
 _BF16_TOLERANCE = 2e-2  # 1.7e-3 is what rounding to bfloat16 does to a layer
 
 
@@ -159,7 +160,9 @@ def _validate(path: Path, dense: Path | None, recipe: ValidateRecipe) -> Verdict
                 path, record, twin, recipe.threads
             )
             if path.suffix != ".plan":
-                limits = _limits_of_values(limits, checkpoint, opened.about.kernel)
+                limits = _limits_of_values(
+                    limits, checkpoint, opened.about.kernel, record.get("int8_activations", False)
+                )
             return validate(
                 opened.engine,
                 dense=opened.dense,
@@ -205,13 +208,15 @@ def _harness(checkpoint: Path, longest: int, recipe: ValidateRecipe) -> Scorer |
     return partial(evaluate, tokenizer=tokenizer, tasks=tasks, max_length=longest, progress=console.progress)
 
 
-def _limits_of_values(limits: Limits, checkpoint: Path, kernel: str | None) -> Limits:
+def _limits_of_values(limits: Limits, checkpoint: Path, kernel: str | None, int8_activations: bool) -> Limits:
     """The limits, with the tolerance of a kernel that rounds activations where the user gave none."""
     from compress.format import Checkpoint
     from validate.limits import Limit
 
     types = {layer.dtype for layer in Checkpoint.open(checkpoint).layers.values()}
-    if types & {"I8", "U8"}:
+    if types & {"I8", "U8"} and int8_activations and kernel is not None and kernel.startswith("avx512"):
+        limit = Limit(value=_INT8_TOLERANCE, reason="int8 activations were allowed")
+    elif types & {"I8", "U8"}:
         reason = "the kernels for int8 and int4 values round activations to 16 bits"
         limit = Limit(value=_QUANTIZED_TOLERANCE, reason=reason)
     elif "BF16" in types and kernel == "avx512_bf16":

@@ -49,7 +49,11 @@ class LoweringReport:
 
 
 def lower(
-    folder: Path, out: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress
+    folder: Path,
+    out: Path,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress,
+    *,
+    int8_activations: bool = False,
 ) -> LoweringReport:
     """Writes the ONNX model of a Hugging Face folder. Weights stay in its .safetensors files.
 
@@ -60,6 +64,7 @@ def lower(
         folder: A dense or compressed Hugging Face folder.
         out: The .onnx file to write.
         progress: Shows the steps.
+        int8_activations: Allows kernels to round the activations of layers with int8 and int4 values to 8 bits.
 
     Raises:
         InputError: the folder is damaged or its architecture not supported, or `out` cannot be written.
@@ -87,6 +92,8 @@ def lower(
         different = sorted(set(kernel_layers) ^ set(checkpoint.layers))
         raise RuntimeError(f"the graph does not have one {names.OP_TYPE} node per compressed layer: {different[:4]}")
     _describe(model, checkpoint, dense_layers)
+    if int8_activations:
+        _allow_int8_activations(model)
 
     files = {ref.file for ref in checkpoint.tensors.values()}
     with placed(files, out, progress) as locations, atomic_path(out) as temporary:
@@ -126,6 +133,12 @@ def _name_our_nodes(model: ir.Model) -> tuple[str, ...]:
             node.name = str(node.inputs[names.INPUTS.index("bitmap")].name).removesuffix(".bitmap")  # type: ignore[union-attr]
             layers.append(node.name)
     return tuple(layers)
+
+
+def _allow_int8_activations(model: ir.Model) -> None:
+    for node in model.graph:
+        if (node.domain, node.op_type) == (names.DOMAIN, names.OP_TYPE) and node.overload:  # those with scales
+            node.attributes.add(ir.AttrInt64("activation_bits", 8))
 
 
 def _describe(model: ir.Model, checkpoint: Checkpoint, dense_layers: tuple[str, ...]) -> None:

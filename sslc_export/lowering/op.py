@@ -101,9 +101,12 @@ def LowRankSparseLinear(X, bitmap, values, U, V, bias, version: int = VERSION, l
 
 
 @onnxscript.script(_OPSET, default_opset=op)
-def _with_scales(X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT):
+def _with_scales(
+    X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT, activation_bits: int = 16
+):
     """The same with int8 values and one scale per row and aligned 64 columns."""
     # (A function cannot ask whether an input is there, nor for its type, hence three of them.)
+    # activation_bits allows kernels to round X; this body does not.
     N = op.Shape(bias)
     K = op.Shape(V, start=1)
     rows = op.Concat(N, op.Constant(value_ints=[-1]), axis=0)
@@ -113,7 +116,9 @@ def _with_scales(X, bitmap, values, U, V, bias, scales, version: int = VERSION, 
 
 
 @onnxscript.script(_OPSET, default_opset=op)
-def _with_int4(X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT):
+def _with_int4(
+    X, bitmap, values, U, V, bias, scales, version: int = VERSION, layout: str = LAYOUT, activation_bits: int = 16
+):
     """The same with packed int4 values."""
     N = op.Shape(bias)
     K = op.Shape(V, start=1)

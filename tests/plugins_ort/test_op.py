@@ -85,8 +85,9 @@ def test_the_library_counts_its_layers_and_calls() -> None:
         ({**ATTRIBUTES, "layout": "columns"}, "'layer.7': layout 'columns'; this library knows 'rows64'"),
         ({"layout": "rows64"}, "'layer.7': the attribute 'version' is missing"),
         ({"version": 1}, "'layer.7': the attribute 'layout' is missing"),
+        ({**ATTRIBUTES, "activation_bits": 4}, "'layer.7': activations of 4 bits; 16 and 8 are known"),
     ],
-    ids=["version", "layout", "no version", "no layout"],
+    ids=["version", "layout", "no version", "no layout", "bits"],
 )
 def test_unknown_attributes_are_refused(attributes: dict[str, object], message: str) -> None:
     with pytest.raises(Exception, match=message):

@@ -9,6 +9,7 @@ import sys
 import time
 
 import jsonschema
+import onnx
 import pytest
 
 from plugins_ort.library import kernel_name
@@ -89,6 +90,34 @@ def test_values_of_fewer_bits_pass_with_a_tolerance_of_their_own(tiny_folder, te
         rounds = kernel_name() == "avx512_bf16"
         assert limits[name]["limit"] == (1e-3 if dtype in ("int8", "int4") else 2e-2 if rounds else 1e-5)
         assert limits[name]["outcome"] == "passed"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_int8_activations_are_in_the_graph_with_a_tolerance_of_their_own(tiny_folder, text_file, tmp_path, dtype):
+    out = tmp_path / "engine.onnx"
+    arguments = ["--model", str(tiny_folder), "--out", str(out), *CALIBRATION, "--calibration", str(text_file)]
+    flags = ["--values-dtype", dtype, "--int8-activations"]
+    assert export.main([*arguments, *flags, *QUICK, "--held-out", str(text_file)]) in (0, 4)
+    nodes = [node for node in onnx.load(out, load_external_data=False).graph.node if node.domain == "sslc"]
+    assert nodes
+    bits = [a.i for node in nodes for a in node.attribute if a.name == "activation_bits"]
+    assert bits == [8] * len(nodes)
+    assert json.loads((tmp_path / "engine.json").read_text())["int8_activations"] is True
+    limits = {x["name"]: x for x in json.loads((tmp_path / "report" / "verdict.json").read_text())["limits"]}
+    rounds = kernel_name().startswith("avx512")
+    for name in ("max_relative_l2", "max_layer_error"):
+        assert limits[name]["limit"] == (8e-2 if rounds else 1e-3)
+        assert limits[name]["outcome"] == "passed"
+
+
+def test_int8_activations_without_integer_values_are_refused_before_any_work(tiny_folder, built, tmp_path, capsys):
+    out = tmp_path / "engine.onnx"
+    for model, got in ((tiny_folder, "--values-dtype f32"), (built[0] / "engine", "F32 in")):
+        assert export.main(["--model", str(model), "--out", str(out), "--int8-activations"]) == 2
+        said = capsys.readouterr().err
+        assert "8-bit activations are for layers with int8 or int4 values" in said
+        assert got in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_values_without_the_library_are_judged_by_the_body(tiny_folder, text_file, tmp_path, monkeypatch):
