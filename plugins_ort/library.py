@@ -38,8 +38,8 @@ def library_path() -> Path:
 def kernel_name() -> str:
     """The instruction set that new layers use: one of `KERNELS`.
 
-    All give the same results but for "avx512_bf16", which rounds the activations of layers with bfloat16 values to
-    bfloat16 where there are many tokens; "avx512" does not.
+    All give the same results but for two cases, both where there are many tokens: "avx512_bf16" rounds the activations
+    of layers with bfloat16 values to bfloat16, and both with AVX-512 round those of layers that allow it to 8 bits.
 
     The best that the processor has, unless the environment variable `SSLC_KERNEL` names one.
 
