@@ -3,8 +3,8 @@
 The ADMM is 3BASiL's (Makni et al., NeurIPS 2025; see `three_basil`), in which S and L move together from the start.
 That matters more than all else: in turns, as HASSLE-free has it, each part settles where the other has no use, and a
 low-rank part then costs more than it gives (docs/methods.md). 3BASiL lets ρ grow slowly over some hundreds of
-iterations and fits nothing afterwards; here ρ grows faster, and least squares in turns mend what that leaves, in a
-seventh of the time.
+iterations and fits nothing afterwards; here ρ grows faster, and least squares in turns mend what that leaves, after a
+sixth of the iterations.
 """
 
 from __future__ import annotations
