@@ -4,7 +4,7 @@
     python scripts/predict_gpu.py --check         fails if the counted cost per weight is worse than gpu_cost.json says
     python scripts/predict_gpu.py --write         writes gpu_cost.json anew
 
-Everything printed is a PREDICTION. Nothing here has run on a GPU.
+Everything printed is a PREDICTION; docs/kernel-gpu.md has what was measured on an H100 beside it.
 
 The model: one multiprocessor decodes at the rate of its busiest pipe, counted over the main loop of decode() (bank
 conflicts are none by construction); DRAM gives 90 % of its peak; of the two times the larger counts in full and a fifth
@@ -179,7 +179,7 @@ def worse(costs: dict[str, dict[str, Cost]], recorded: dict[str, dict[str, dict[
 def table(costs: dict[str, dict[str, Cost]]) -> str:
     """Predicted speed-up over a dense half-precision layer that is bound by DRAM, as Markdown."""
     lines = [
-        "PREDICTED from counted instructions; not run on a GPU. Speed-up over dense half precision, batch 1 to 8,",
+        "PREDICTED from counted instructions, not measured. Speed-up over dense half precision, batch 1 to 8,",
         "of the sparse part: U and V add 2r(N + K) bytes, and up to three launches per input are not counted.",
         "",
         "| layout | bytes/weight | weights/clk/SM (A100, H100, 4090) | " + " | ".join(GPUS) + " |",

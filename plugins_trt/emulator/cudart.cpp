@@ -84,6 +84,7 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
 int cudaGetDevice(int* device) { *device = 0; return 0; }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   if (attribute == 16) *value = 4;               // cudaDevAttrMultiProcessorCount
+  else if (attribute == 75) *value = 8;          // cudaDevAttrComputeCapabilityMajor
   else if (attribute == 97) *value = 99 << 10;   // cudaDevAttrMaxSharedMemoryPerBlockOptin
   else return kInvalidValue;
   return 0;

@@ -1,4 +1,5 @@
-// life PLUGIN CASE [CHANGE...]: one plugin's whole life as TensorRT drives it, on the CUDA runtime stand-in:
+// life PLUGIN CASE [CHANGE...]: one plugin's whole life as TensorRT drives it, on the CUDA runtime stand-in, or, compiled
+// by nvcc, on a GPU:
 // create for building -> ask -> serialize -> create for running -> attach -> shapes -> enqueue -> destroy.
 //
 // A CHANGE breaks one thing on the way: drop=FIELD, FIELD=VALUE, columns=K, words=S:COUNT, inputs=COUNT.
@@ -12,6 +13,13 @@
 #include <vector>
 
 #include "cases.h"
+#ifdef __CUDACC__
+#include "gpu.cuh"
+#else
+// The stand-in's GPU reads the CPU's memory.
+const void* to_gpu(const void* host, size_t) { return host; }
+void from_gpu(void*, const void*, size_t) {}
+#endif
 
 using namespace nvinfer1;
 
@@ -119,14 +127,17 @@ int main(int argc, char** argv) {
   auto* const running = static_cast<IPluginV3OneRuntime*>(attached->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
   if (running->onShapeChange(now, 5, now + 5, outputs)) refused("onShapeChange");
 
-  const auto y = poisoned(c.y_bytes()), workspace = poisoned(workspace_bytes);
+  const auto y = poisoned(c.y_bytes()), scratch = poisoned(workspace_bytes);
   const void* in[5];
-  for (int i = 0; i < 5; i++) in[i] = c.in[i].get();
+  for (int i = 0; i < 5; i++) in[i] = to_gpu(c.in[i].get(), h.bytes[i]);
+  char* const results = static_cast<char*>(const_cast<void*>(to_gpu(y.get(), c.y_bytes())));
+  void* const workspace = const_cast<void*>(to_gpu(scratch.get(), workspace_bytes));
   void* out[3];
-  for (int i = 0; i < outputs; i++) out[i] = y.get() + c.y_bytes(i);
-  if (running->enqueue(now, now + 5, in, out, workspace.get(), nullptr)) refused("enqueue");
+  for (int i = 0; i < outputs; i++) out[i] = results + c.y_bytes(i);
+  if (running->enqueue(now, now + 5, in, out, workspace, nullptr)) refused("enqueue");
   now[0].dims.d[1] = 0;
-  expect(running->enqueue(now, now + 5, in, out, workspace.get(), nullptr) == 0, "no tokens are no work");
+  expect(running->enqueue(now, now + 5, in, out, workspace, nullptr) == 0, "no tokens are no work");
+  from_gpu(y.get(), results, c.y_bytes());
   write_output(argv[2], y.get(), c.y_bytes());
   delete attached;
   delete copy;

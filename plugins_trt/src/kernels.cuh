@@ -2,11 +2,11 @@
 //
 //   decode   few tokens: streams the packed weights once and multiplies as it decodes. The low-rank part is no epilogue:
 //            [S | U] is one matrix with K + R columns, [X | t] its input, and the same accumulators take both.
-//            With the layout Dense it is also the kernel for t = X Vᵀ.
+//            With the layout Dense it is also the kernel for t = X Vᵀ, which runs beside the first part of the other.
 //   reduce   adds the partial sums of split-K in a fixed order: the same bits every time.
 //   expand   many tokens: writes S once as a dense matrix in fragment order ...
 //   gemm     ... which this multiplies, again with U as a K-extension.
-//   convert  activations that gemm cannot copy 16 bytes at a time (f32, or K not a multiple of 64) to padded 16-bit rows.
+//   convert  activations that cannot be read 16 bytes at a time (f32, or rows that are no whole tiles) to padded 16-bit rows.
 //
 // One call may compute several layers of the same input (q, k and v; gate and up). They are its parts: one after the
 // other in S, U, V and bias, each with its rows padded to 16 and its rank to 64, and with an output of its own.
@@ -28,16 +28,16 @@ SSLC_HOST_DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
 
 // One warp's private ring of tiles in shared memory, filled by asynchronous copies kStages - 1 tiles ahead. Because it
 // is private, a __syncwarp per tile is the only barrier in the main loop.
-template <class Layout> struct Ring {
+template <class Layout, int Stride> struct Ring {
   const unsigned char* weights;  // all tiles
   const int32_t* offsets;        // where this warp's next tile starts and ends, in 16 bytes (layouts with a table only)
   unsigned char* ring;
   int slot_bytes, lane, left, start, end, filled = 0, read = 0;
 
-  // Tiles first, first + kWarps, ... < last of row tile `row`, which has `row_tiles` tiles.
+  // Tiles first, first + Stride, ... < last of row tile `row`, which has `row_tiles` tiles.
   SSLC_DEVICE Ring(const unsigned char* S, unsigned char* shared, int slot, size_t row, int row_tiles, int first, int last)
       : weights(S), offsets(nullptr), ring(shared), slot_bytes(slot), lane(threadIdx.x % 32), start(0), end(0) {
-    left = last > first ? ceil_div(last - first, Layout::kWarps) : 0;
+    left = last > first ? ceil_div(last - first, Stride) : 0;
     if constexpr (Layout::kTileBytes == 0) {
       offsets = reinterpret_cast<const int32_t*>(S) + row * row_tiles + first;
       if (left > 0) start = offsets[0], end = offsets[1];
@@ -62,13 +62,13 @@ template <class Layout> struct Ring {
           SSLC_NO_UNROLL for (int c = 96 + lane; c < chunks; c += 32) copy16_async(to + c * 16, from + c * 16);
         }
         // The next tile's place is read one tile ahead: its latency hides behind this tile's arithmetic.
-        offsets += Layout::kWarps;
+        offsets += Stride;
         if (left > 0) start = offsets[0], end = offsets[1];
       } else {
         constexpr int kChunks = Layout::kTileBytes / 16;
         SSLC_UNROLL for (int c = 0; c < kChunks; c += 32)
           if (c + 32 <= kChunks || c + lane < kChunks) copy16_async(to + (c + lane) * 16, weights + (c + lane) * 16);
-        weights += static_cast<size_t>(Layout::kWarps) * Layout::kTileBytes;
+        weights += static_cast<size_t>(Stride) * Layout::kTileBytes;
       }
     }
     commit_copies();
@@ -115,37 +115,19 @@ template <int T> SSLC_DEVICE uint4 load8(const void* x, size_t row, int k, int K
   return {word[0], word[1], word[2], word[3]};
 }
 
-// Columns j .. j + 7 of t [splits, M, columns] for one token: the partial sums of its split-K, added in order; zeros
-// from column `end` on.
-template <int T>
-SSLC_DEVICE uint4 load_t8(const float* t, size_t row, int j, int end, int M, int columns, int splits) {
-  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  if (j < end) {
-    for (int s = 0; s < splits; s++) {
-      const float4* p = reinterpret_cast<const float4*>(t + (static_cast<size_t>(s) * M + row) * columns + j);
-      const float4 a = p[0], b = p[1];
-      sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w, sum[4] += b.x, sum[5] += b.y, sum[6] += b.z, sum[7] += b.w;
-    }
-  }
-  return {pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]), pack2<T>(sum[4], sum[5]), pack2<T>(sum[6], sum[7])};
-}
-
-// A row of activations in shared memory: 128 bytes per 64 columns. Rows are 64 bytes modulo 128 apart, so that the eight
-// lanes of one phase of a 128-bit load (two rows, four chunks) touch all banks once.
-SSLC_HOST_DEVICE constexpr int activation_pitch(int columns) { return columns * 2 + 64; }
-
 template <int T> SSLC_DEVICE void store_output(void* y, size_t at, float value, bool f32) {
   if (f32) static_cast<float*>(y)[at] = value;
   else static_cast<uint16_t*>(y)[at] = from_float<T>(value);
 }
 
-// c[16 rows x 8 tokens] += one step of 16 rows x 64 columns.
-template <int T>
-SSLC_DEVICE void multiply_step(float* c, const uint32_t* low, const uint32_t* high, const uint4& x0, const uint4& x1) {
-  mma<T>(c, low[0], high[0], low[1], high[1], x0.x, x0.y);
-  mma<T>(c, low[2], high[2], low[3], high[3], x0.z, x0.w);
-  mma<T>(c, low[4], high[4], low[5], high[5], x1.x, x1.y);
-  mma<T>(c, low[6], high[6], low[7], high[7], x1.z, x1.w);
+// c[16 rows x 8 tokens][n] += one step of 16 rows x 64 columns; x[2 n], x[2 n + 1] are the lane's 16 columns of its token.
+// The sums take turns: each depends on its last.
+template <int T, int Count>
+SSLC_DEVICE void multiply_step(float (*c)[4], const uint32_t* low, const uint32_t* high, const uint4* x) {
+  SSLC_UNROLL for (int n = 0; n < Count; n++) mma<T>(c[n], low[0], high[0], low[1], high[1], x[2 * n].x, x[2 * n].y);
+  SSLC_UNROLL for (int n = 0; n < Count; n++) mma<T>(c[n], low[2], high[2], low[3], high[3], x[2 * n].z, x[2 * n].w);
+  SSLC_UNROLL for (int n = 0; n < Count; n++) mma<T>(c[n], low[4], high[4], low[5], high[5], x[2 * n + 1].x, x[2 * n + 1].y);
+  SSLC_UNROLL for (int n = 0; n < Count; n++) mma<T>(c[n], low[6], high[6], low[7], high[7], x[2 * n + 1].z, x[2 * n + 1].w);
 }
 
 // ---- decode --------------------------------------------------------------------------------------------------------
@@ -174,115 +156,122 @@ template <class At, class Start> SSLC_DEVICE Part part_of(const Part (&parts)[kM
 
 struct DecodeArgs {
   Part part[kMaxParts];
-  const void* x;           // [M, K]
+  const uint16_t* x;       // [M, pitch], 16 bits; a multiple of the layout's columns, and zero from K on
   const unsigned char* S;  // packed weights of all row tiles
-  const float* t;          // [t_splits, M, R] partial sums of X Vᵀ
+  const uint16_t* t;       // [M, R]: X Vᵀ of all parts
   float* partial;          // [gridDim.y, the parts' M * N], or null when there is one split
   int M, N, K, R;          // N and R: of all parts
-  int t_splits;
-  int slot;            // bytes of a ring slot
-  int tiles_per_split; // tiles of [S | U] columns that one CTA takes
-  int f32;             // x and y are f32
-  int vector;          // rows of x can be read 16 bytes at a time
+  int pitch, row_tiles;
+  int slot;                // bytes of a ring slot
+  int tiles_per_split;     // tiles of [S | U] columns that one CTA takes
+  int f32;                 // y is f32
 };
 
-// Grid (row tiles, splits, slices of 8 * NT tokens), block 32 * kWarps. Slices of the same rows run side by side, so the
-// second and later ones find the weights in L2.
+// Grid (row tiles / RT, splits, slices of 8 * NT tokens), block 32 * kWarps: each warp has one of RT row tiles, and of its
+// columns every kShare-th tile. Slices of the same rows run side by side, so the second and later ones find the weights
+// in L2. X comes through the L1 cache: nothing is staged, and no warp waits for another before the end.
 //
-// 512 threads per multiprocessor is what its shared memory has room for anyway; saying so lets ptxas use up to 128
-// registers. Left alone, it aims at more threads and spills on sm_86 and sm_89.
-template <class Layout, int NT>
+// At least 512 threads per multiprocessor: saying so lets ptxas use up to 128 registers. Left alone, it aims at more
+// threads and spills on sm_86 and sm_89.
+template <class Layout, int NT, int RT>
 __global__ void __launch_bounds__(32 * Layout::kWarps, 512 / (32 * Layout::kWarps)) decode(DecodeArgs a) {
   constexpr int T = Layout::kType, W = Layout::kWarps, kThreads = 32 * W, kColumns = Layout::kColumns;
+  constexpr int kShare = W / RT;
+  constexpr int kTogether = least(NT, 2);  // of the NT groups of 8 tokens, how many are in registers at once
   SSLC_DYNAMIC_SHARED(shared);
+  let_next_kernel_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto part_here = [&a] {
-    return part_of(a.part, compute_anew(blockIdx.x), [](const Part& p) { return static_cast<unsigned>(p.row_tile); });
+  const auto part_here = [&a, warp] {
+    const unsigned tile = compute_anew(blockIdx.x) * RT + warp % RT;
+    return part_of(a.part, tile, [](const Part& p) { return static_cast<unsigned>(p.row_tile); });
   };
 
   // This split's share of the tiles of [S | U]: first .. last, of which those below `sparse` belong to S. A part of lower
   // rank than another's may have none left for the last splits: first >= last, and its sums are zero.
-  const int t_begin = part_here().t, R = part_here().R;
-  const int sparse = ceil_div(a.K, kColumns), all = sparse + ceil_div(R, kColumns);
-  const int first = blockIdx.y * a.tiles_per_split, last = least(first + a.tiles_per_split, all);
+  const int row_tile = blockIdx.x * RT + warp % RT, sparse = ceil_div(a.K, kColumns);
+  const int first = blockIdx.y * a.tiles_per_split;
+  const int all = row_tile < a.row_tiles ? sparse + ceil_div(part_here().R, kColumns) : 0;
+  const int last = least(first + a.tiles_per_split, all);
   const int token0 = blockIdx.z * 8 * NT, tokens = least(a.M - token0, 8 * NT);
 
-  Ring<Layout> ring(a.S, shared + warp * Layout::kStages * a.slot, a.slot, blockIdx.x, sparse, first + warp,
-                    least(last, sparse));
+  Ring<Layout, kShare> ring(a.S, shared + warp * Layout::kStages * a.slot, a.slot, row_tile, sparse, first + warp / RT,
+                            least(last, sparse));
   ring.fill();
 
-  // While the first tiles are on their way: [x | t] of this split, in the order in which the lanes will want it.
-  unsigned char* const activations = shared + W * Layout::kStages * a.slot;
-  const int pitch = activation_pitch(a.tiles_per_split * kColumns), chunks = (last - first) * (kColumns / 8);
-  for (int i = threadIdx.x; i < tokens * chunks; i += kThreads) {
-    const int m = i / chunks, c = i % chunks, tile = first + c / (kColumns / 8);
-    if (tile < sparse) {
-      *reinterpret_cast<uint4*>(activations + m * pitch + Layout::place(c)) =
-          load8<T>(a.x, token0 + m, first * kColumns + c * 8, a.K, a.f32, a.vector);
-    } else {
-      *reinterpret_cast<uint4*>(activations + m * pitch + Dense<T>::place(c)) =
-          load_t8<T>(a.t, token0 + m, t_begin + (first - sparse) * kColumns + c * 8, t_begin + R, a.M, a.R, a.t_splits);
-    }
-  }
-  __syncthreads();
-
-  // Lane (g, t) multiplies with token g of each 8. Columns of the mma past the last token repeat it: a broadcast read,
+  // Lane (g, t) multiplies with token g of each 8. Columns of the mma past the last token repeat it: the same address,
   // and a result that nobody stores.
-  int token_at[NT];
-  SSLC_UNROLL for (int j = 0; j < NT; j++) token_at[j] = least(lane / 4 + 8 * j, tokens - 1) * pitch + lane % 4 * 16;
+  int token[NT];
+  SSLC_UNROLL for (int j = 0; j < NT; j++) token[j] = token0 + least(lane / 4 + 8 * j, tokens - 1);
 
-  float c[4 * NT];
-  SSLC_UNROLL for (int i = 0; i < 4 * NT; i++) c[i] = 0;
+  float c[NT][4];
+  SSLC_UNROLL for (int j = 0; j < NT; j++) SSLC_UNROLL for (int i = 0; i < 4; i++) c[j][i] = 0;
 
-  const unsigned char* x = activations + warp * kColumns * 2;
-  SSLC_NO_UNROLL for (int tile = first + warp; tile < least(last, sparse); tile += W) {
+  const uint16_t* x = a.x + (first + warp / RT) * kColumns + lane % 4 * (kColumns / 4);
+  const auto load = [&](uint4* to, int j0, int step) {
+    SSLC_UNROLL for (int j = 0; j < kTogether; j++) {
+      const uint4* const at = reinterpret_cast<const uint4*>(x + static_cast<size_t>(token[j0 + j]) * a.pitch + 16 * step);
+      to[2 * j] = at[0], to[2 * j + 1] = at[1];
+    }
+  };
+  SSLC_NO_UNROLL for (int tile = first + warp / RT; tile < least(last, sparse); tile += kShare) {
+    uint4 now[2 * kTogether];
+    load(now, 0, 0);  // under way while the weights are decoded
     Layout::tile(ring.next(), lane, [&](int step, const uint32_t* low, const uint32_t* high, float low_scale, float high_scale) {
-      SSLC_UNROLL for (int j = 0; j < NT; j++) {
-        const unsigned char* at = x + step * 128 + token_at[j];
-        const uint4 x0 = *reinterpret_cast<const uint4*>(at), x1 = *reinterpret_cast<const uint4*>(at + 64);
+      SSLC_UNROLL for (int j = 0; j < NT; j += kTogether) {
+        if (step > 0 || j > 0) load(now, j, step);
         if constexpr (Layout::kScaled) {
           // All 64 columns of a row share one scale, so it multiplies the sum: exact products, 4 operations.
-          float d[4] = {0, 0, 0, 0};
-          multiply_step<T>(d, low, high, x0, x1);
-          c[4 * j] += low_scale * d[0], c[4 * j + 1] += low_scale * d[1];
-          c[4 * j + 2] += high_scale * d[2], c[4 * j + 3] += high_scale * d[3];
+          float d[kTogether][4] = {};
+          multiply_step<T, kTogether>(d, low, high, now);
+          SSLC_UNROLL for (int i = 0; i < kTogether; i++) {
+            c[j + i][0] += low_scale * d[i][0], c[j + i][1] += low_scale * d[i][1];
+            c[j + i][2] += high_scale * d[i][2], c[j + i][3] += high_scale * d[i][3];
+          }
         } else {
-          multiply_step<T>(c + 4 * j, low, high, x0, x1);
+          multiply_step<T, kTogether>(c + j, low, high, now);
         }
       }
     });
-    x += W * kColumns * 2;
+    x += kShare * kColumns;
   }
 
-  // The low-rank columns: U straight from global memory, one 16-byte load per fragment.
+  // The low-rank columns: U straight from global memory, one 16-byte load per fragment; and t, which is ready by now.
+  wait_for_kernel_before();
   const Part part = part_here();
   const int rank0 = first > sparse ? first - sparse : 0;
   const int steps = least((last - sparse) * Layout::kSteps, part.R / 64);
-  const unsigned char* const U = part.U + static_cast<size_t>(blockIdx.x - part.row_tile) * (part.R / 64) * kFragmentTile;
-  SSLC_NO_UNROLL for (int step = rank0 * Layout::kSteps + warp; step < steps; step += W) {
+  const unsigned char* const U = part.U + static_cast<size_t>(row_tile - part.row_tile) * (part.R / 64) * kFragmentTile;
+  SSLC_NO_UNROLL for (int step = rank0 * Layout::kSteps + warp / RT; step < steps; step += kShare) {
     uint32_t low[8], high[8];
     Dense<T>::load(U + static_cast<size_t>(step) * kFragmentTile, lane, low, high);
-    const unsigned char* at = activations + ((sparse - first) * Layout::kSteps + step) * 128;
-    SSLC_UNROLL for (int j = 0; j < NT; j++) {
-      multiply_step<T>(c + 4 * j, low, high, *reinterpret_cast<const uint4*>(at + token_at[j]),
-                       *reinterpret_cast<const uint4*>(at + token_at[j] + 64));
+    SSLC_UNROLL for (int j = 0; j < NT; j += kTogether) {
+      uint4 now[2 * kTogether];
+      SSLC_UNROLL for (int i = 0; i < kTogether; i++) {
+        const uint16_t* const at = a.t + static_cast<size_t>(token[j + i]) * a.R + part.t + step * 64 + lane % 4 * 16;
+        now[2 * i] = load16_past_l1(at), now[2 * i + 1] = load16_past_l1(at + 8);
+      }
+      multiply_step<T, kTogether>(c + j, low, high, now);
     }
   }
 
-  // Add the warps' sums, in order.
-  __syncthreads();  // the sums reuse the memory of the rings and the activations
+  // Add the sums of the warps of each row tile, in order.
+  __syncthreads();  // the sums reuse the memory of the rings
   float* const sums = reinterpret_cast<float*>(shared);
-  SSLC_UNROLL for (int i = 0; i < 4 * NT; i++) sums[((warp * NT + i / 4) * 32 + lane) * 4 + i % 4] = c[i];
+  SSLC_UNROLL for (int j = 0; j < NT; j++)
+    SSLC_UNROLL for (int i = 0; i < 4; i++) sums[((warp * NT + j) * 32 + lane) * 4 + i] = c[j][i];
   __syncthreads();
-  for (int o = threadIdx.x; o < 128 * NT; o += kThreads) {
+  for (int o = threadIdx.x; o < RT * 128 * NT; o += kThreads) {
+    const int row = o % 16, m = o / 16 % (8 * NT), tile = o / (128 * NT);
+    const int from = row % 8 * 4 + m % 8 / 2, i = row / 8 * 2 + m % 2;
     float sum = 0;
-    for (int w = 0; w < W; w++) sum += sums[w * 128 * NT + o];
-    const int from = o / 4 % 32, i = o % 4;
-    const int m = o / 128 * 8 + from % 4 * 2 + i % 2, n = (blockIdx.x - part.row_tile) * 16 + from / 4 + i / 2 * 8;
-    if (m < tokens && n < part.N) {
-      const size_t at = static_cast<size_t>(token0 + m) * part.N + n;
-      if (a.partial) a.partial[(static_cast<size_t>(blockIdx.y) * a.N + part.rows) * a.M + at] = sum;
-      else store_output<T>(part.y, at, part.bias ? sum + part.bias[n] : sum, a.f32);
+    SSLC_UNROLL for (int s = 0; s < kShare; s++) sum += sums[(((s * RT + tile) * NT + m / 8) * 32 + from) * 4 + i];
+    const unsigned here = blockIdx.x * RT + tile;
+    const Part p = part_of(a.part, here, [](const Part& q) { return static_cast<unsigned>(q.row_tile); });
+    const int n = (here - p.row_tile) * 16 + row;
+    if (m < tokens && n < p.N) {
+      const size_t at = static_cast<size_t>(token0 + m) * p.N + n;
+      if (a.partial) a.partial[(static_cast<size_t>(blockIdx.y) * a.N + p.rows) * a.M + at] = sum;
+      else store_output<T>(p.y, at, p.bias ? sum + p.bias[n] : sum, a.f32);
     }
   }
 }
@@ -295,6 +284,7 @@ struct ReduceArgs {
 
 // Grid ceil(M * N / 256), block 256.
 template <int T> __global__ void __launch_bounds__(256) reduce(ReduceArgs a) {
+  wait_for_kernel_before();
   const size_t size = static_cast<size_t>(a.M) * a.N, i = static_cast<size_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= size) return;
   float sum = 0;
@@ -325,7 +315,7 @@ template <class Layout> __global__ void __launch_bounds__(32 * Layout::kWarps) e
   SSLC_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = ceil_div(a.K, Layout::kColumns);
   const int first = blockIdx.y * a.tiles_per_split, last = least(first + a.tiles_per_split, tiles);
-  Ring<Layout> ring(a.S, shared + warp * Layout::kStages * a.slot, a.slot, blockIdx.x, tiles, first + warp, last);
+  Ring<Layout, W> ring(a.S, shared + warp * Layout::kStages * a.slot, a.slot, blockIdx.x, tiles, first + warp, last);
   ring.fill();
   SSLC_NO_UNROLL for (int tile = first + warp; tile < last; tile += W) {
     unsigned char* const row = a.dense + (static_cast<size_t>(blockIdx.x) * tiles + tile) * Layout::kSteps * kFragmentTile;
@@ -346,13 +336,13 @@ template <class Layout> __global__ void __launch_bounds__(32 * Layout::kWarps) e
 
 struct ConvertArgs {
   const void* x;  // [M, K]
-  uint16_t* to;   // [M, 64 * ceil(K / 64)]
-  int M, K, f32, vector;
+  uint16_t* to;   // [M, pitch]
+  int M, K, pitch, f32, vector;
 };
 
-// Grid ceil(M * ceil(K / 64) * 8 / 256), block 256: eight columns per thread.
+// Grid ceil(M * pitch / 8 / 256), block 256: eight columns per thread.
 template <int T> __global__ void __launch_bounds__(256) convert(ConvertArgs a) {
-  const int chunks = ceil_div(a.K, 64) * 8;
+  const int chunks = a.pitch / 8;
   const size_t i = static_cast<size_t>(blockIdx.x) * 256 + threadIdx.x, m = i / chunks;
   if (m >= static_cast<size_t>(a.M)) return;
   reinterpret_cast<uint4*>(a.to)[i] = load8<T>(a.x, m, static_cast<int>(i % chunks) * 8, a.K, a.f32, a.vector);
@@ -368,63 +358,66 @@ struct GemmArgs {
   int M, N, f32;
 };
 
-constexpr int kGemmTokens = 128, kGemmRows = 128, kGemmStages = 3, kGemmStage = 16384 + 16384;
-constexpr int kGemmShared = kGemmStages * kGemmStage;
+constexpr int kGemmRows = 256, kGemmStages = 4;
+SSLC_HOST_DEVICE constexpr int gemm_stage(int NT) { return kGemmRows * 64 + NT * 16 * 64; }
+SSLC_HOST_DEVICE constexpr int gemm_shared(int NT) { return kGemmStages * gemm_stage(NT); }
 
-// Grid (ceil(M / 128), ceil(N / 128)), block 256. 8 warps, each 64 rows of W x 32 tokens; 64 columns per stage.
-// Weights lie in shared memory in fragment order. Activations lie as 128-byte rows whose 64-byte halves swap places in odd
-// rows, which spreads a 128-bit load over all banks without padding.
-template <int T> __global__ void __launch_bounds__(256) gemm(GemmArgs a) {
+// Grid (ceil(M / (16 NT)), ceil(N / 256)), block 256. 8 warps, each 64 rows of W x 8 NT tokens; 32 columns per stage: of
+// each lane's 16 columns of a fragment tile the first 8, then the last 8. So a row tile's share of a stage is two of the
+// fragment tile's four runs of 512 bytes, and a token's is every second 16 bytes of 128.
+template <int T, int NT> __global__ void __launch_bounds__(256, NT == 8 ? 1 : 2) gemm(GemmArgs a) {
+  constexpr int kTokens = 16 * NT, kStage = gemm_stage(NT);
   SSLC_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int token0 = blockIdx.x * kGemmTokens, row_tile0 = blockIdx.y * (kGemmRows / 16);
-  const int row_tiles = ceil_div(a.N, 16), steps = a.steps[0] + a.steps[1];
+  const int token0 = blockIdx.x * kTokens, row_tile0 = blockIdx.y * (kGemmRows / 16);
+  const int row_tiles = ceil_div(a.N, 16), stages = 2 * (a.steps[0] + a.steps[1]);
 
   // Rows past the end repeat the last one: valid memory, results that nobody stores.
-  auto issue = [&](int step) {
-    if (step < steps) {
-      unsigned char* const to = shared + step % kGemmStages * kGemmStage;
+  auto issue = [&](int stage) {
+    if (stage < stages) {
+      unsigned char* const to = shared + stage % kGemmStages * kStage;
       // Plain selections, not a.w[segment]: indexing kernel arguments would copy them to local memory.
+      const int step = stage / 2, half = stage % 2;
       const bool low_rank = step >= a.steps[0];
       const int k = low_rank ? step - a.steps[0] : step, pitch = low_rank ? a.pitch[1] : a.pitch[0];
       const int stride = low_rank ? a.stride[1] : a.stride[0];
       const unsigned char* const w = low_rank ? a.w[1] : a.w[0];
       const uint16_t* const x = low_rank ? a.x[1] : a.x[0];
-      SSLC_UNROLL for (int i = 0; i < 4; i++) {
-        const int chunk = threadIdx.x + 256 * i, tile = least(row_tile0 + chunk / 128, row_tiles - 1);
-        copy16_async(to + chunk * 16, w + (static_cast<size_t>(tile) * stride + k) * kFragmentTile + chunk % 128 * 16);
-        const int m = chunk / 8, c = chunk % 8;
-        copy16_async(to + 16384 + m * 128 + ((c ^ m) & 1) * 64 + c / 2 * 16,
-                     x + (static_cast<size_t>(least(token0 + m, a.M - 1)) * pitch + k) * 64 + c * 8);
+      SSLC_UNROLL for (int i = 0; i < kGemmRows * 4 / 256; i++) {
+        const int chunk = threadIdx.x + 256 * i, tile = least(row_tile0 + chunk / 64, row_tiles - 1);
+        const int run = chunk / 32 % 2 * 2 + half;  // row g, row g + 8
+        copy16_async(to + chunk * 16, w + (static_cast<size_t>(tile) * stride + k) * kFragmentTile + run * 512 + chunk % 32 * 16);
+      }
+      SSLC_UNROLL for (int i = 0; i < kTokens * 4 / 256; i++) {
+        const int chunk = threadIdx.x + 256 * i, m = least(token0 + chunk / 4, a.M - 1);
+        copy16_async(to + kGemmRows * 64 + chunk * 16, x + (static_cast<size_t>(m) * pitch + k) * 64 + chunk % 4 * 16 + half * 8);
       }
     }
     commit_copies();
   };
 
-  float acc[4][4][4];
-  SSLC_UNROLL for (int i = 0; i < 4; i++) SSLC_UNROLL for (int j = 0; j < 4; j++) SSLC_UNROLL for (int q = 0; q < 4; q++) acc[i][j][q] = 0;
+  float acc[4][NT][4];
+  SSLC_UNROLL for (int i = 0; i < 4; i++) SSLC_UNROLL for (int j = 0; j < NT; j++) SSLC_UNROLL for (int q = 0; q < 4; q++) acc[i][j][q] = 0;
 
   SSLC_UNROLL for (int i = 0; i < kGemmStages - 1; i++) issue(i);
-  SSLC_NO_UNROLL for (int step = 0; step < steps; step++) {
+  SSLC_NO_UNROLL for (int stage = 0; stage < stages; stage++) {
     wait_copies<kGemmStages - 2>();
     __syncthreads();  // everyone's copies have landed, and everyone is done with the stage that is refilled
-    issue(step + kGemmStages - 1);
-    const unsigned char* const w = shared + step % kGemmStages * kGemmStage + warp / 4 * 4 * kFragmentTile;
-    const unsigned char* const x = shared + step % kGemmStages * kGemmStage + 16384 + (warp % 4 * 32 + g) * 128 + t * 16;
-    uint4 x0[4], x1[4];
-    SSLC_UNROLL for (int j = 0; j < 4; j++) {
-      x0[j] = *reinterpret_cast<const uint4*>(x + j * 1024 + (g & 1) * 64);
-      x1[j] = *reinterpret_cast<const uint4*>(x + j * 1024 + (~g & 1) * 64);
-    }
+    issue(stage + kGemmStages - 1);
+    const unsigned char* const at = shared + stage % kGemmStages * kStage;
+    const uint4* const w = reinterpret_cast<const uint4*>(at + warp / 2 * 4 * 1024) + lane;
+    const uint4* const x = reinterpret_cast<const uint4*>(at + kGemmRows * 64) + (warp % 2 * 8 * NT + g) * 4 + t;
+    uint4 b[NT];
+    SSLC_UNROLL for (int j = 0; j < NT; j++) b[j] = x[j * 32];
     SSLC_UNROLL for (int i = 0; i < 4; i++) {
-      uint32_t low[8], high[8];
-      Dense<T>::load(w + i * kFragmentTile, lane, low, high);
-      SSLC_UNROLL for (int j = 0; j < 4; j++) multiply_step<T>(acc[i][j], low, high, x0[j], x1[j]);
+      const uint4 low = w[i * 64], high = w[i * 64 + 32];
+      SSLC_UNROLL for (int j = 0; j < NT; j++) mma<T>(acc[i][j], low.x, high.x, low.y, high.y, b[j].x, b[j].y);
+      SSLC_UNROLL for (int j = 0; j < NT; j++) mma<T>(acc[i][j], low.z, high.z, low.w, high.w, b[j].z, b[j].w);
     }
   }
 
-  SSLC_UNROLL for (int i = 0; i < 4; i++) SSLC_UNROLL for (int j = 0; j < 4; j++) SSLC_UNROLL for (int q = 0; q < 4; q++) {
-    const int n = (row_tile0 + warp / 4 * 4 + i) * 16 + g + q / 2 * 8, m = token0 + warp % 4 * 32 + j * 8 + t * 2 + q % 2;
+  SSLC_UNROLL for (int i = 0; i < 4; i++) SSLC_UNROLL for (int j = 0; j < NT; j++) SSLC_UNROLL for (int q = 0; q < 4; q++) {
+    const int n = (row_tile0 + warp / 2 * 4 + i) * 16 + g + q / 2 * 8, m = token0 + warp % 2 * 8 * NT + j * 8 + t * 2 + q % 2;
     if (m < a.M && n < a.N)
       store_output<T>(a.y, static_cast<size_t>(m) * a.N + n, a.bias ? acc[i][j][q] + a.bias[n] : acc[i][j][q], a.f32);
   }

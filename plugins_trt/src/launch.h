@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels.cuh"
 
@@ -39,6 +40,7 @@ struct Device {
   int multiprocessors = 0;
   int shared_bytes = 0;  // that one block may ask for
   int splits = 0;        // 0: choose; else what the tests want
+  bool early = false;    // a kernel may start before the one before it has ended: compute capability 9.0 or later
 };
 
 struct Buffers {
@@ -49,18 +51,20 @@ struct Buffers {
   void* workspace;
 };
 
-// Up to this many tokens the packed weights are streamed (once per 16 tokens, later passes from L2), beyond it they are
-// expanded first. Counted in bytes per weight: a pass reads 1.13, expansion reads 1.13, writes 2 and reads 2 again, so it
-// pays from the fifth pass on. Not measured on a GPU.
-constexpr int kDecodeTokens = 64;
+// Up to this many tokens the packed weights are streamed (once per 64 tokens, later passes from L2), beyond it they are
+// expanded first. Measured on an H100: of a block of LLaMA-2-7B, streaming takes 0.45 of the time of expansion at 128
+// tokens, 0.7 at 256, and 1.05 at 512.
+constexpr int kDecodeTokens = 256;
+constexpr int kMostSplits = 8;
 
-// Least shared memory of a supported GPU (sm_86, 89, 120). The workspace is sized for it, since an engine may be built
-// where there is no GPU: a larger one needs fewer splits, never more.
+// More tokens fill the GPU with fewer splits; and this bounds the workspace.
+inline int most_splits(int M) { return std::max(1, std::min(kMostSplits, kMostSplits * 64 / M)); }
+
+// Least shared memory of a supported GPU (sm_86, 89, 120).
 constexpr int kLeastShared = 99 << 10;
-constexpr int kUsualSplits = 8;
 
 struct Split {
-  int tiles_per_split, splits, shared_bytes, NT, slices;
+  int tiles_per_split, splits, shared_bytes, slices, groups;
 };
 
 namespace detail {
@@ -71,52 +75,51 @@ template <class Layout> int slot_of(const Layer& layer) { return Layout::kTileBy
 
 template <class Layout> int ring_bytes(int slot) { return Layout::kWarps * Layout::kStages * slot; }
 
-// Shared memory of decode(): the rings and [x | t], and afterwards the warps' sums in the same place.
-template <class Layout> int decode_shared(int slot, int tiles_per_split, int tokens, int NT) {
-  return std::max(ring_bytes<Layout>(slot) + tokens * activation_pitch(tiles_per_split * Layout::kColumns),
-                  Layout::kWarps * 512 * NT);
-}
-
-// The fewest splits whose activations fit into `shared_bytes`.
-template <class Layout> int least_splits(int tiles, int slot, int tokens, int shared_bytes) {
-  const int room = (shared_bytes - ring_bytes<Layout>(slot)) / tokens - activation_pitch(0);
-  return ceil_div(tiles, std::max(1, room / (2 * Layout::kColumns)));
-}
-
-template <class Layout> int split_limit(int tiles, int slot, int tokens) {
-  return std::min(tiles, std::max(kUsualSplits, least_splits<Layout>(tiles, slot, tokens, kLeastShared)));
-}
+// Shared memory of decode(): the rings, and afterwards the warps' sums in the same place.
+template <class Layout> int decode_shared(int slot, int NT) { return std::max(ring_bytes<Layout>(slot), Layout::kWarps * 512 * NT); }
 
 // Splits the tiles of [S | U] over CTAs so that the last wave of CTAs is as full as possible. The cost of a wave is its
-// tiles per warp plus two for filling the pipeline and the activations; ties go to fewer splits.
-template <class Layout> Split split(const Device& device, int row_tiles, int tiles, int slot, int M) {
-  const int NT = M <= 8 ? 1 : 2, tokens = std::min(M, 8 * NT), slices = ceil_div(M, 8 * NT);
-  const int least = least_splits<Layout>(tiles, slot, tokens, device.shared_bytes);
+// tiles per warp plus three for filling the pipeline and adding up, that of several splits one more kernel, worth eight;
+// ties go to fewer splits. Measured on an H100 over the layers of LLaMA-2-7B, 1 to 64 tokens and 1 to 8 splits: the choice
+// is the best one or within a tenth of it in all but a few.
+template <class Layout, int NT, int RT> Split split(const Device& device, int row_tiles, int tiles, int slot, int M, int most) {
+  const int shared = decode_shared<Layout>(slot, NT), groups = ceil_div(row_tiles, RT), slices = ceil_div(M, 8 * NT);
+  const int resident = device.multiprocessors * std::max(1, std::min(device.shared_bytes / shared, (NT == 1 ? 768 : 512) / (32 * Layout::kWarps)));
   Split best{};
   double best_cost = 0;
-  for (int wanted = least; wanted <= split_limit<Layout>(tiles, slot, tokens); wanted++) {
+  for (int wanted = 1; wanted <= std::min(tiles, most); wanted++) {
     const int per = ceil_div(tiles, wanted), splits = ceil_div(tiles, per);
-    const int shared = decode_shared<Layout>(slot, per, tokens, NT);
-    const int resident = device.multiprocessors * std::max(1, std::min(device.shared_bytes / shared, 2048 / (32 * Layout::kWarps)));
-    const double waves = (static_cast<double>(row_tiles) * splits * slices + resident - 1) / resident;
-    const double cost = static_cast<int64_t>(waves) * (ceil_div(per, Layout::kWarps) + 2.0);
-    if (best.splits == 0 || cost < best_cost || device.splits == splits) best = {per, splits, shared, NT, slices}, best_cost = cost;
+    const double waves = (static_cast<double>(groups) * splits * slices + resident - 1) / resident;
+    const double cost = static_cast<int64_t>(waves) * (ceil_div(per, Layout::kWarps / RT) + 3.0) + (splits > 1 ? 8 : 0);
+    if (best.splits == 0 || cost < best_cost || device.splits == splits) best = {per, splits, shared, slices, groups}, best_cost = cost;
     if (device.splits == splits) break;
   }
   return best;
 }
 
 #ifdef __CUDACC__
-template <class Args> cudaError_t start(void (*kernel)(Args), dim3 grid, int threads, int shared, cudaStream_t stream, const Args& args) {
+// `early`: it may start before the kernel before it has ended, and waits for it itself.
+template <class Args>
+cudaError_t start(void (*kernel)(Args), dim3 grid, int threads, int shared, cudaStream_t stream, const Args& args, bool early = false) {
   if (shared > 48 << 10) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared, stream>>>(args);
-  return cudaGetLastError();
+  if (!early) {
+    kernel<<<grid, threads, shared, stream>>>(args);
+    return cudaGetLastError();
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 #else
-template <class Args> int start(void (*kernel)(Args), dim3 grid, int threads, int shared, cudaStream_t, const Args& args) {
+template <class Args>
+int start(void (*kernel)(Args), dim3 grid, int threads, int shared, cudaStream_t, const Args& args, bool = false) {
   emulator::launch(grid, dim3(threads), shared, [&] { kernel(args); });
   return cudaSuccess;
 }
@@ -136,11 +139,6 @@ template <class F> auto with_layout(const Layer& layer, F f) {
   return layer.int8 ? f(Any<kBF16, true>{}) : f(Any<kBF16, false>{});
 }
 
-template <class Layout> cudaError_t run_decode(const Split& s, int row_tiles, const DecodeArgs& args, cudaStream_t stream) {
-  const dim3 grid(row_tiles, s.splits, s.slices);
-  return start(s.NT == 1 ? decode<Layout, 1> : decode<Layout, 2>, grid, 32 * Layout::kWarps, s.shared_bytes, stream, args);
-}
-
 inline void set_parts(Part (&parts)[kMaxParts], const Layer& layer, const Buffers& b) {
   Part next;
   next.row_tile = next.rows = 0;
@@ -154,60 +152,97 @@ inline void set_parts(Part (&parts)[kMaxParts], const Layer& layer, const Buffer
   }
 }
 
-// How t = X Vᵀ is split: V is [R, K] in dense tiles, so R / 16 row tiles, and the more CTAs share K.
-template <int T> Split split_t(const Layer& layer, const Device& device, int M) {
-  return split<Dense<T>>(device, layer.R() / 16, ceil_div(layer.K, 64), kFragmentTile, M);
+// Rows of activations that can be read 16 bytes at a time, whole tiles of them.
+struct Rows {
+  const uint16_t* x;
+  int pitch;  // in elements
+  cudaError_t error;
+};
+
+inline bool readable(const Layer& layer, const void* x, bool f32, int columns) {
+  return !f32 && layer.K % columns == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+
+inline size_t rows_bytes(int K, int M, int columns) { return aligned(static_cast<size_t>(M) * ceil_div(K, columns) * columns * 2); }
+
+// x itself, or a copy of it at `room`.
+template <int T> Rows rows_of(const Layer& layer, const void* x, void* room, int M, bool f32, int columns, cudaStream_t stream) {
+  const int pitch = ceil_div(layer.K, columns) * columns;
+  if (readable(layer, x, f32, columns)) return {static_cast<const uint16_t*>(x), pitch, cudaError_t{}};
+  const bool vector = !f32 && layer.K % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const ConvertArgs c{x, static_cast<uint16_t*>(room), M, layer.K, pitch, f32, vector};
+  return {c.to, pitch, start(convert<T>, blocks_for(static_cast<size_t>(M) * pitch / 8), 256, 0, stream, c)};
+}
+
+// f(std::integral_constant<int, NT>): 8 NT tokens at a time, and as many slices as M then needs.
+template <class F> auto with_tokens(int M, F f) {
+  if (M <= 8) return f(std::integral_constant<int, 1>{});
+  if (M <= 16) return f(std::integral_constant<int, 2>{});
+  if (M <= 32) return f(std::integral_constant<int, 4>{});
+  return f(std::integral_constant<int, 8>{});
+}
+
+inline cudaError_t run_decode(void (*kernel)(DecodeArgs), const Split& s, int warps, DecodeArgs& args, cudaStream_t stream, bool early) {
+  args.tiles_per_split = s.tiles_per_split;
+  return start(kernel, dim3(s.groups, s.splits, s.slices), 32 * warps, s.shared_bytes, stream, args, early);
+}
+
+// t = X Vᵀ [M, R] in 16 bits.
+template <int T> cudaError_t run_t(const Layer& layer, const Device& device, const Rows& rows, const void* V, uint16_t* t, int M, cudaStream_t stream) {
+  const int R = layer.R();
+  if (R == 0) return cudaError_t{};
+  DecodeArgs args{};
+  args.x = rows.x, args.S = static_cast<const unsigned char*>(V), args.pitch = rows.pitch;
+  args.part[0].row_tile = args.part[0].rows = 0, args.part[0].N = R, args.part[0].y = t;
+  args.M = M, args.N = R, args.K = layer.K, args.row_tiles = R / 16, args.slot = kFragmentTile;
+  return with_tokens(M, [&](auto nt) {
+    constexpr int NT = decltype(nt)::value;
+    const Split s = split<Dense<T>, NT, 1>(device, R / 16, ceil_div(layer.K, 64), kFragmentTile, M, 1);
+    return run_decode(decode<Dense<T>, NT, 1>, s, Dense<T>::kWarps, args, stream, false);
+  });
 }
 
 // ---- decode: t, then [S | U], then the sum over splits ------------------------------------------------------------
 
 template <class Layout> size_t decode_workspace(const Layer& layer, int M) {
-  const int tiles = ceil_div(layer.K, Layout::kColumns) + ceil_div(layer.most_R(), Layout::kColumns), tokens = std::min(M, 16);
-  const size_t limit = split_limit<Layout>(tiles, slot_of<Layout>(layer), tokens);
-  const size_t t_limit = layer.R() ? split_limit<Dense<Layout::kType>>(ceil_div(layer.K, 64), kFragmentTile, tokens) : 0;
-  return aligned(t_limit * M * layer.R() * 4) + (limit > 1 ? aligned(limit * M * layer.N() * 4) : 0);
+  return rows_bytes(layer.K, M, Layout::kColumns) + aligned(static_cast<size_t>(M) * layer.R() * 2) +
+         aligned(static_cast<size_t>(kMostSplits) * std::min(M, 64) * layer.N() * 4);
 }
 
 template <class Layout> cudaError_t decode_layer(const Layer& layer, const Device& device, const Buffers& b, int M, bool f32, cudaStream_t stream) {
   constexpr int T = Layout::kType;
   const int slot = slot_of<Layout>(layer), R = layer.R();
-  const bool vector = !f32 && layer.K % 8 == 0 && reinterpret_cast<uintptr_t>(b.x) % 16 == 0;
-  float* const t = static_cast<float*>(b.workspace);
-  size_t t_bytes = 0;
-  int t_splits = 0;
-  if (R > 0) {
-    const Split s = split_t<T>(layer, device, M);
-    DecodeArgs args{};
-    args.x = b.x, args.S = static_cast<const unsigned char*>(b.V), args.partial = t;
-    args.part[0].row_tile = args.part[0].rows = 0, args.part[0].N = R;
-    args.M = M, args.N = R, args.K = layer.K, args.slot = kFragmentTile, args.tiles_per_split = s.tiles_per_split;
-    args.f32 = f32, args.vector = vector;
-    const cudaError_t error = run_decode<Dense<T>>(s, R / 16, args, stream);
-    if (error != cudaSuccess) return error;
-    t_splits = s.splits;
-    t_bytes = aligned(static_cast<size_t>(t_splits) * M * R * 4);
-  }
+  char* next = static_cast<char*>(b.workspace);
+  auto take = [&](size_t bytes) { char* p = next; next += aligned(bytes); return p; };
+  const Rows rows = rows_of<T>(layer, b.x, take(rows_bytes(layer.K, M, Layout::kColumns)), M, f32, Layout::kColumns, stream);
+  if (rows.error != cudaSuccess) return rows.error;
+  uint16_t* const t = reinterpret_cast<uint16_t*>(take(static_cast<size_t>(M) * R * 2));
+  const cudaError_t before = run_t<T>(layer, device, rows, b.V, t, M, stream);
+  if (before != cudaSuccess) return before;
   const int tiles = ceil_div(layer.K, Layout::kColumns) + ceil_div(layer.most_R(), Layout::kColumns);
-  const Split s = split<Layout>(device, layer.row_tiles(), tiles, slot, M);
   DecodeArgs args{};
   set_parts(args.part, layer, b);
-  args.x = b.x, args.S = static_cast<const unsigned char*>(b.S), args.t = t;
-  args.partial = s.splits > 1 ? reinterpret_cast<float*>(static_cast<char*>(b.workspace) + t_bytes) : nullptr;
-  args.M = M, args.N = layer.N(), args.K = layer.K, args.R = R, args.t_splits = t_splits, args.slot = slot;
-  args.tiles_per_split = s.tiles_per_split, args.f32 = f32, args.vector = vector;
-  const cudaError_t error = run_decode<Layout>(s, layer.row_tiles(), args, stream);
-  if (error != cudaSuccess || s.splits == 1) return error;
-  ReduceArgs sum{{}, args.partial, s.splits, M, args.N, f32};
+  args.x = rows.x, args.S = static_cast<const unsigned char*>(b.S), args.t = t, args.pitch = rows.pitch;
+  args.M = M, args.N = layer.N(), args.K = layer.K, args.R = R, args.row_tiles = layer.row_tiles(), args.slot = slot, args.f32 = f32;
+  int splits = 0;
+  const cudaError_t error = with_tokens(M, [&](auto nt) {
+    constexpr int NT = decltype(nt)::value, RT = std::max(1, std::min(NT / 2, Layout::kWarps));
+    const Split s = split<Layout, NT, RT>(device, args.row_tiles, tiles, slot, M, most_splits(M));
+    splits = s.splits;
+    args.partial = splits > 1 ? reinterpret_cast<float*>(next) : nullptr;
+    return run_decode(decode<Layout, NT, RT>, s, Layout::kWarps, args, stream, device.early && R > 0);
+  });
+  if (error != cudaSuccess || splits == 1) return error;
+  ReduceArgs sum{{}, args.partial, splits, M, args.N, f32};
   set_parts(sum.part, layer, b);
-  return start(reduce<T>, blocks_for(static_cast<size_t>(M) * args.N), 256, 0, stream, sum);
+  return start(reduce<T>, blocks_for(static_cast<size_t>(M) * args.N), 256, 0, stream, sum, device.early);
 }
 
 // ---- prefill: expand S, t, then [X | t] [S | U]ᵀ --------------------------------------------------------------------
 
 template <class Layout> size_t prefill_workspace(const Layer& layer, int M) {
   const size_t dense = static_cast<size_t>(layer.row_tiles()) * ceil_div(layer.K, Layout::kColumns) * Layout::kSteps * kFragmentTile;
-  const size_t x = static_cast<size_t>(M) * ceil_div(layer.K, 64) * 128, t = static_cast<size_t>(M) * layer.R() * 2;
-  return aligned(dense) + aligned(x) + aligned(t);
+  return aligned(dense) + rows_bytes(layer.K, M, 64) + aligned(static_cast<size_t>(M) * layer.R() * 2);
 }
 
 template <class Layout> cudaError_t prefill_layer(const Layer& layer, const Device& device, const Buffers& b, int M, bool f32, cudaStream_t stream) {
@@ -224,32 +259,22 @@ template <class Layout> cudaError_t prefill_layer(const Layer& layer, const Devi
                             ring_bytes<Layout>(slot), stream, e);
   if (error != cudaSuccess) return error;
 
-  const uint16_t* x = static_cast<const uint16_t*>(b.x);
-  if (f32 || layer.K % 64 != 0 || reinterpret_cast<uintptr_t>(b.x) % 16 != 0) {
-    const bool vector = !f32 && layer.K % 8 == 0 && reinterpret_cast<uintptr_t>(b.x) % 16 == 0;
-    uint16_t* padded = reinterpret_cast<uint16_t*>(take(static_cast<size_t>(M) * k_steps * 128));
-    const ConvertArgs c{b.x, padded, M, layer.K, f32, vector};
-    error = start(convert<T>, blocks_for(static_cast<size_t>(M) * k_steps * 8), 256, 0, stream, c);
-    if (error != cudaSuccess) return error;
-    x = padded;
-  }
-
-  const dim3 tokens(ceil_div(M, kGemmTokens));
-  uint16_t* const t = R > 0 ? reinterpret_cast<uint16_t*>(take(static_cast<size_t>(M) * R * 2)) : nullptr;
-  if (R > 0) {
-    const GemmArgs v{{x, nullptr}, {static_cast<const unsigned char*>(b.V), nullptr}, {k_steps, 0}, {k_steps, 0}, {k_steps, 0},
-                     nullptr, t, M, R, 0};
-    error = start(gemm<T>, dim3(tokens.x, ceil_div(R, kGemmRows)), 256, kGemmShared, stream, v);
-    if (error != cudaSuccess) return error;
-  }
+  const Rows rows = rows_of<T>(layer, b.x, take(rows_bytes(layer.K, M, 64)), M, f32, 64, stream);
+  if (rows.error != cudaSuccess) return rows.error;
+  uint16_t* const t = reinterpret_cast<uint16_t*>(take(static_cast<size_t>(M) * R * 2));
+  error = run_t<T>(layer, device, rows, b.V, t, M, stream);
   Part parts[kMaxParts];
   set_parts(parts, layer, b);
   for (int i = 0; i < layer.parts && error == cudaSuccess; i++) {
     const Part& p = parts[i];
     const unsigned char* const dense = e.dense + static_cast<size_t>(p.row_tile) * tiles * Layout::kSteps * kFragmentTile;
-    const GemmArgs s{{x, R > 0 ? t + p.t : nullptr}, {dense, p.U}, {k_steps, p.R / 64}, {k_steps, R / 64},
+    const GemmArgs s{{rows.x, R > 0 ? t + p.t : nullptr}, {dense, p.U}, {k_steps, p.R / 64}, {k_steps, R / 64},
                      {tiles * Layout::kSteps, p.R / 64}, p.bias, p.y, M, p.N, f32};
-    error = start(gemm<T>, dim3(tokens.x, ceil_div(p.N, kGemmRows)), 256, kGemmShared, stream, s);
+    // Tiles of 128 tokens read the weights least often, tiles of 64 fill the GPU sooner.
+    const int blocks = ceil_div(p.N, kGemmRows);
+    error = blocks * ceil_div(M, 128) >= device.multiprocessors
+                ? start(gemm<T, 8>, dim3(ceil_div(M, 128), blocks), 256, gemm_shared(8), stream, s)
+                : start(gemm<T, 4>, dim3(ceil_div(M, 64), blocks), 256, gemm_shared(4), stream, s);
   }
   return error;
 }

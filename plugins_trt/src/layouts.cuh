@@ -1,16 +1,16 @@
 // How the weights lie in memory, and how a lane turns its bytes into mma operands without asking any other lane.
 //
 // One step is 16 rows x 64 columns of W: four mma.m16n8k16. The order of k inside an mma is free as long as both
-// operands agree, so lane (g, t) = (lane / 4, lane % 4) takes 16 whole columns of rows g and g + 8, four per mma, and
-// the activations are laid out in shared memory to match (kernels.cuh). That choice is what makes decoding cheap: the
-// mask bits and values that a lane needs are its own.
+// operands agree, so lane (g, t) = (lane / 4, lane % 4) takes 16 whole columns of rows g and g + 8, four per mma. That
+// choice is what makes decoding cheap: the mask bits and values that a lane needs are its own; and the activations that it
+// multiplies are 32 bytes of a row of X, as it lies in memory.
 //
 // Each layout is a struct with
-//   kColumns      columns per tile (a tile is 16 rows high), kSteps = kColumns / 64
+//   kColumns      columns per tile (a tile is 16 rows high), kSteps = kColumns / 64. In step s, lane column t multiplies
+//                 columns t * kColumns / 4 + 16 s ...
 //   kTileBytes    bytes per tile; 0 when tiles differ in size (a table of offsets stands in front of them then)
 //   tile(...)     decodes one tile: calls use(step, low, high, low_scale, high_scale) per step, where low[0..7] holds
 //                 this lane's 16 columns of row g as pairs of 16-bit floats, high[0..7] those of row g + 8
-//   place(c)      where the 8-column chunk c of the activations lies in shared memory
 //   dense(...)    where that step's columns belong in the dense tile of kernels.cuh's expand()
 //
 // plugins_trt/pack.py writes these bytes and is the other half of every comment here.
@@ -80,7 +80,7 @@ template <class Half> SSLC_DEVICE float scale_at(const unsigned char* scales, in
 // Fragment order: [4][32 lanes][16 bytes] = (row g: columns 0..7, 8..15 of the lane's 16; row g + 8: the same).
 // V and U are stored so, and S is expanded to it for long prefills.
 template <int T> struct Dense {
-  static constexpr int kType = T, kColumns = 64, kSteps = 1, kTileBytes = kFragmentTile, kWarps = 4, kStages = 4;
+  static constexpr int kType = T, kColumns = 64, kSteps = 1, kTileBytes = kFragmentTile, kWarps = 8, kStages = 4;
   static constexpr bool kScaled = false;
 
   SSLC_DEVICE static void load(const unsigned char* tile, int lane, uint32_t* low, uint32_t* high) {
@@ -97,8 +97,6 @@ template <int T> struct Dense {
     use(0, low, high, 1.0f, 1.0f);
   }
 
-  // Chunk (half h of 16 columns, lane column t) at h * 64 + t * 16: a lane's 16 columns are two 128-bit loads.
-  SSLC_DEVICE static int place(int c) { return c / 8 * 128 + (c & 1) * 64 + c % 8 / 2 * 16; }
 };
 
 // ---- fixed8: at most 8 stored in each aligned 16 columns of a row ---------------------------------------------------
@@ -154,7 +152,6 @@ template <int T, bool Int8> struct Fixed8 {
     else use(0, low, high, 1.0f, 1.0f);
   }
 
-  SSLC_DEVICE static int place(int c) { return Dense<T>::place(c); }
   SSLC_DEVICE static void dense(int step, int lane, int& block, int& as_lane) { block = step, as_lane = lane; }
 };
 
@@ -211,7 +208,6 @@ template <int T, bool Int8> struct Any {
     else use(0, low, high, 1.0f, 1.0f);
   }
 
-  SSLC_DEVICE static int place(int c) { return Dense<T>::place(c); }
   SSLC_DEVICE static void dense(int step, int lane, int& block, int& as_lane) { block = step, as_lane = lane; }
 };
 
@@ -247,8 +243,6 @@ template <int T> struct Bank32 {
     return permute(first, second, 0x5410);
   }
 
-  // In step s, lane column t multiplies columns 64 t + 16 s ..: the activations are permuted to match.
-  SSLC_DEVICE static int place(int c) { return (c / 32 * 4 + c % 8 / 2) * 128 + (c & 1) * 64 + c % 32 / 8 * 16; }
   SSLC_DEVICE static void dense(int step, int lane, int& block, int& as_lane) {
     block = lane % 4, as_lane = lane / 4 * 4 + step;
   }

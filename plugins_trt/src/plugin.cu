@@ -34,7 +34,7 @@ using namespace nvinfer1;
 
 constexpr char kName[] = "LowRankSparseLinear", kPluginVersion[] = "1", kNamespace[] = "sslc";
 constexpr int kInputs = 5, kFields = 7;
-constexpr int kMostFeatures = 1 << 22;  // a grid of gemm has at most 65535 blocks of 128 outputs
+constexpr int kMostFeatures = 1 << 22;  // a grid of gemm has at most 65535 blocks of 256 outputs
 constexpr const char* kLayoutNames[] = {"any", "bank32", "fixed8"};
 constexpr const char* kTypeNames[] = {"f16", "bf16"};
 constexpr const char* kValueNames[] = {"float", "int8"};
@@ -180,14 +180,16 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
     Plugin* const copy = new (std::nothrow) Plugin(layer_);
     if (!copy) return nullptr;
-    int id = 0;
+    int id = 0, major = 0;
     if (cudaGetDevice(&id) != cudaSuccess ||
         cudaDeviceGetAttribute(&copy->device_.multiprocessors, cudaDevAttrMultiProcessorCount, id) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id) != cudaSuccess ||
         cudaDeviceGetAttribute(&copy->device_.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id) != cudaSuccess) {
       complain("the GPU cannot be asked for its properties");
     } else if (copy->device_.shared_bytes < kLeastShared) {
       complain("the GPU offers %d bytes of shared memory per block; at least %d are needed (sm_80 and later)", copy->device_.shared_bytes, kLeastShared);
     } else {
+      copy->device_.early = major >= 9;
       return copy;
     }
     delete copy;

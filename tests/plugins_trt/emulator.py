@@ -19,6 +19,7 @@ from compress.layer import SCALE_GROUP
 from plugins_trt.pack import LAYOUTS, MOST_STACKED, PackedLayer, pack_layer, stack, to_bits
 
 SOURCE = Path(plugins_trt.__file__).parent
+DECODE_TOKENS = 256  # kDecodeTokens of src/launch.h
 SANITIZERS = {
     "none": [],
     # One stack per CUDA thread confuses the address sanitizer, so sanitizers run with real threads.
@@ -240,7 +241,7 @@ def reference(case: Case) -> tuple[np.ndarray, np.ndarray]:
     magnitude = np.abs(X) @ np.abs(S).T + (np.abs(X) @ np.abs(V).T) @ np.abs(U).T + np.abs(case.bias)
     allowed = 2.0**-20 * magnitude + unit * (np.abs(t) @ np.abs(U).T) + 1e-6
     if case.scales is not None:
-        allowed += unit * np.abs(X) @ np.abs(S).T * (len(X) > 64)
+        allowed += unit * np.abs(X) @ np.abs(S).T * (len(X) > DECODE_TOKENS)
     if not case.f32:
         allowed += unit * np.abs(Y)
     return Y, allowed

@@ -14,8 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.plugins_trt.emulator import SOURCE, Case, compile_emulator, random_stack, run_stacks, worst_error
+from tests.plugins_trt.emulator import (
+    DECODE_TOKENS,
+    SOURCE,
+    Case,
+    compile_emulator,
+    random_stack,
+    run_stacks,
+    worst_error,
+)
 from tests.plugins_trt.test_kernel import FORMATS
+
+PREFILL = DECODE_TOKENS + 2
 
 
 def small_stacks(M: int, *, late: bool = True, real_threads: bool = True) -> list[list[Case]]:
@@ -25,12 +35,12 @@ def small_stacks(M: int, *, late: bool = True, real_threads: bool = True) -> lis
     """
     stacks = []
     for i, (layout, rule, int8) in enumerate(FORMATS):
-        if M > 64 and real_threads and layout == "fixed8":
+        if M > DECODE_TOKENS and real_threads and layout == "fixed8":
             continue  # blocks of 256 threads take long; expand and gemm do not differ between the byte-plane layouts
         options = {"type": ("f16", "bf16")[i % 2], "layout": layout, "splits": (1, 8)[i % 2], "late": late}
         # Long enough for every warp's ring to wrap in one split; short enough in 8 splits for the last one to start
         # inside the low-rank columns.
-        K = 200 if M > 64 and real_threads else (1100 if real_threads or i % 2 else 5100)
+        K = 200 if M > DECODE_TOKENS and real_threads else (1100 if real_threads or i % 2 else 5100)
         outs, ranks = ((20,), (20,)) if i % 2 == 0 else ((20,), (200,))
         if layout == "fixed8":
             outs, ranks = (20, 7), (20, 200)
@@ -59,9 +69,9 @@ def failure(program: Path, stacks: list[list[Case]], folder: Path) -> str:
     ("sanitizer", "M"),
     [
         pytest.param("address", 3, id="address-decode"),
-        pytest.param("address", 66, id="address-prefill"),
+        pytest.param("address", PREFILL, id="address-prefill"),
         pytest.param("thread", 3, id="thread-decode", marks=pytest.mark.slow),
-        pytest.param("thread", 66, id="thread-prefill", marks=pytest.mark.slow),
+        pytest.param("thread", PREFILL, id="thread-prefill", marks=pytest.mark.slow),
     ],
 )
 def test_sanitizers_find_nothing(sanitizer, M, late, tmp_path):
@@ -81,34 +91,37 @@ class Mutation:
 
 MUTATIONS = [
     Mutation("warp barrier of the ring removed", "kernels.cuh", "__syncwarp();  // the other", "// the other", "thread"),
-    Mutation("block barrier after staging removed", "kernels.cuh", "  __syncthreads();\n\n  // Lane", "\n  // Lane", "thread"),
+    Mutation("block barrier after the sums removed", "kernels.cuh", "  __syncthreads();\n  for (int o", "  for (int o", "thread"),
     Mutation("block barrier before the sums removed", "kernels.cuh", "  __syncthreads();  // the sums", "  // the sums", "thread"),
-    Mutation("block barrier of gemm removed", "kernels.cuh", "    __syncthreads();  // everyone's", "    // everyone's", "thread", 66),
+    Mutation("block barrier of gemm removed", "kernels.cuh", "    __syncthreads();  // everyone's", "    // everyone's", "thread", PREFILL),
     Mutation("waits for one copy too few", "kernels.cuh", "wait_copies<Layout::kStages - 2>", "wait_copies<Layout::kStages - 1>"),
     Mutation("ring filled one tile too far", "kernels.cuh", "i < Layout::kStages - 1; i++) issue", "i < Layout::kStages; i++) issue"),
     Mutation("activations not filled with zeros", "kernels.cuh", "    if (k + i < K) {", "    {", "address only"),
     Mutation("last column of activations dropped", "kernels.cuh", "    if (k + i < K) {", "    if (k + i < K - 1) {"),
-    Mutation("accumulators not zeroed", "kernels.cuh", "for (int i = 0; i < 4 * NT; i++) c[i] = 0;", "for (int i = 0; i < 4 * NT; i++) c[i] = 1;"),
-    Mutation("row tail written", "kernels.cuh", "if (m < tokens && n < part.N) {", "if (m < tokens) {", "address only"),
-    Mutation("token tail written", "kernels.cuh", "if (m < tokens && n < part.N) {", "if (n < part.N) {", "address only"),
-    Mutation("a split starts one tile late", "kernels.cuh", "const int first = blockIdx.y * a.tiles_per_split, last = least(first + a.tiles_per_split, all)", "const int first = blockIdx.y * a.tiles_per_split + 1, last = least(first + a.tiles_per_split, all)"),
+    Mutation("accumulators not zeroed", "kernels.cuh", "c[j][i] = 0;", "c[j][i] = 1;"),
+    Mutation("row tail written", "kernels.cuh", "if (m < tokens && n < p.N) {", "if (m < tokens) {", "address only"),
+    Mutation("token tail written", "kernels.cuh", "if (m < tokens && n < p.N) {", "if (n < p.N) {", "address only"),
+    Mutation("a split starts one tile late", "kernels.cuh", "const int first = blockIdx.y * a.tiles_per_split;", "const int first = blockIdx.y * a.tiles_per_split + 1;"),
     Mutation("low-rank columns counted in every split", "kernels.cuh", "const int rank0 = first > sparse ? first - sparse : 0;", "const int rank0 = 0;"),
-    Mutation("one partial sum of t dropped", "kernels.cuh", "for (int s = 0; s < splits; s++) {", "for (int s = 1; s < splits; s++) {"),
-    Mutation("bias added to every partial sum", "kernels.cuh", "* a.M + at] = sum;", "* a.M + at] = sum + (part.bias ? part.bias[n] : 0);"),
+    Mutation("one warp's sum dropped", "kernels.cuh", "for (int s = 0; s < kShare; s++) sum", "for (int s = 1; s < kShare; s++) sum"),
+    Mutation("warps past the last row tile work", "kernels.cuh", "row_tile < a.row_tiles ? sparse", "true ? sparse", "address only", 40),
+    Mutation("the warps of a block take the same row tile", "kernels.cuh", "RT + warp % RT, sparse", "RT, sparse", "none", 40),
+    Mutation("the second slice repeats the first's tokens", "kernels.cuh", "token[j] = token0 + least", "token[j] = least", "none", 70),
+    Mutation("bias added to every partial sum", "kernels.cuh", "* a.M + at] = sum;", "* a.M + at] = sum + (p.bias ? p.bias[n] : 0);"),
     Mutation("slot 7 not blanked", "layouts.cuh", "    u.l1 &= 0x00ffffffu | full0;\n", ""),
     Mutation("slot 0 not blanked", "layouts.cuh", "    v.l0 &= keep0;\n", ""),
     Mutation("bank pointer stays", "layouts.cuh", "(next), next += 128;\n    if (bits & 2)", "(next);\n    if (bits & 2)"),
     Mutation("scan stops at 16 lanes", "layouts.cuh", "distance < 32;", "distance < 16;"),
     Mutation("int8 bias off by one", "layouts.cuh", "0x4140), 0x64806480u", "0x4140), 0x64816481u"),
-    Mutation("bank columns permuted wrongly for prefill", "layouts.cuh", "block = lane % 4, as_lane = lane / 4 * 4 + step;", "block = step, as_lane = lane;", "none", 66),
-    Mutation("gemm skips the last step", "kernels.cuh", "for (int step = 0; step < steps; step++) {\n    wait", "for (int step = 0; step < steps - 1; step++) {\n    wait", "none", 66),
-    Mutation("gemm's swap of halves forgotten", "kernels.cuh", "((c ^ m) & 1) * 64", "(c & 1) * 64", "none", 66),
-    Mutation("a part reads the ranks of the first", "kernels.cuh", "const int t_begin = part_here().t,", "const int t_begin = 0,"),
-    Mutation("a part takes the rows of U of the first", "kernels.cuh", "static_cast<size_t>(blockIdx.x - part.row_tile) * (part.R / 64)", "static_cast<size_t>(0 * part.row_tile) * (part.R / 64)"),
-    Mutation("parts add up in the same place", "kernels.cuh", "* a.N + part.rows) * a.M + at]", "* a.N) * a.M + at]"),
+    Mutation("bank columns permuted wrongly for prefill", "layouts.cuh", "block = lane % 4, as_lane = lane / 4 * 4 + step;", "block = step, as_lane = lane;", "none", PREFILL),
+    Mutation("gemm skips the last step", "kernels.cuh", "stage < stages; stage++) {\n    wait", "stage < stages - 1; stage++) {\n    wait", "none", PREFILL),
+    Mutation("gemm takes the first half of each step twice", "kernels.cuh", "step = stage / 2, half = stage % 2;", "step = stage / 2, half = 0;", "none", PREFILL),
+    Mutation("a part reads the ranks of the first", "kernels.cuh", "* a.R + part.t + step", "* a.R + step"),
+    Mutation("a part takes the rows of U of the first", "kernels.cuh", "static_cast<size_t>(row_tile - part.row_tile) * (part.R / 64)", "static_cast<size_t>(0 * part.row_tile) * (part.R / 64)"),
+    Mutation("parts add up in the same place", "kernels.cuh", "* a.N + p.rows) * a.M + at]", "* a.N) * a.M + at]"),
     Mutation("reduce takes the first part for all", "kernels.cuh", "[M](const Part& p) { return M * p.rows; }", "[M](const Part& p) { return M * p.rows + 1; }"),
-    Mutation("gemm takes the first part's weights", "launch.h", "static_cast<size_t>(p.row_tile) * tiles", "static_cast<size_t>(0) * tiles", "none", 66),
-    Mutation("gemm takes the first part's t", "launch.h", "R > 0 ? t + p.t : nullptr", "R > 0 ? t : nullptr", "none", 66),
+    Mutation("gemm takes the first part's weights", "launch.h", "static_cast<size_t>(p.row_tile) * tiles", "static_cast<size_t>(0) * tiles", "none", PREFILL),
+    Mutation("gemm takes the first part's t", "launch.h", "R > 0 ? t + p.t : nullptr", "R > 0 ? t : nullptr", "none", PREFILL),
 ]  # fmt: skip
 
 

@@ -44,10 +44,20 @@ def kept_folder(*parts: str) -> tuple[Path, bool]:
     return folder, folder.is_dir()
 
 
-def build_plugin(runtime: str) -> Path:
-    """The folder of the plugin for sm_80, built by its CMakeLists.txt with the CUDA runtime "Static" or "Shared"."""
+def keep(partial: Path, folder: Path) -> None:
+    """Moves what was built into place, unless another process was faster."""
+    try:
+        partial.replace(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial)
+
+
+def build_plugin(runtime: str, architectures: str = "80-real") -> Path:
+    """The folder of the plugin for one GPU, built by its CMakeLists.txt with the CUDA runtime "Static" or "Shared"."""
     compiler, headers = nvcc(), tensorrt_headers()
-    folder, there = kept_folder("plugin", runtime, compiler, str(headers))
+    folder, there = kept_folder("plugin", runtime, architectures, compiler, str(headers))
     if there:
         return folder
     cmake = shutil.which("cmake", path=f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}")
@@ -55,26 +65,26 @@ def build_plugin(runtime: str) -> Path:
         pytest.skip("no cmake: pip install cmake")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     options = [f"-DCMAKE_CUDA_COMPILER={compiler}", f"-DTENSORRT_INCLUDE_DIR={headers}"]
-    options += ["-DCMAKE_CUDA_ARCHITECTURES=80-real", f"-DCMAKE_CUDA_RUNTIME_LIBRARY={runtime}"]
+    options += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", f"-DCMAKE_CUDA_RUNTIME_LIBRARY={runtime}"]
     run(cmake, "-S", SOURCE, "-B", partial, *options)
     run(cmake, "--build", partial)
     for name in ("CMakeFiles", "CMakeCache.txt"):  # the build folder is about to move
         path = partial / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    partial.replace(folder)
+    keep(partial, folder)
     return folder
 
 
-def build_for_gpu(architecture: str = "native") -> Path:
-    """The program that runs the cases of tests/plugins_trt/emulator.py on a GPU instead of the emulator."""
-    folder, there = kept_folder("on_gpu", nvcc(), architecture)
+def build_for_gpu(source: str, *options: str, architecture: str = "native") -> Path:
+    """A program of `emulator/` compiled for the GPU: on_gpu.cu runs the cases of emulator.py, life.cpp the plugin."""
+    folder, there = kept_folder(source, nvcc(), *options, architecture)
     if not there:
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         partial.mkdir(parents=True)
-        source = SOURCE / "emulator" / "on_gpu.cu"
-        run(nvcc(), "-std=c++17", f"-arch={architecture}", "-Xcompiler=-Wall,-Wextra", source, "-o", partial / "on_gpu")
-        partial.replace(folder)
-    return folder / "on_gpu"
+        flags = ["-std=c++17", f"-arch={architecture}", "-Xcompiler=-Wall,-Wextra", "-x", "cu", *options]
+        run(nvcc(), *flags, SOURCE / "emulator" / source, "-o", partial / "program", "-ldl")
+        keep(partial, folder)
+    return folder / "program"
 
 
 def build_stand_in() -> tuple[Path, Path]:
@@ -96,7 +106,7 @@ def build_stand_in() -> tuple[Path, Path]:
         # The program names the stand-in itself, so that the plugin finds it already loaded, and its kernels visible.
         link = ["-Wl,--no-as-needed", library, "-Wl,-rpath,$ORIGIN", "-ldl"]
         run("g++", *flags, *include, "-o", partial / "life", SOURCE / "emulator" / "life.cpp", *link)
-        partial.replace(folder)
+        keep(partial, folder)
     return folder, folder / "life"
 
 
