@@ -12,8 +12,12 @@ from pathlib import Path
 
 from sslc_common.errors import InputError, MissingError
 
-# Instruction sets, the best first. avx512_bf16 is AVX-512 with VNNI and bfloat16 dot products.
-KERNELS = ("avx512_bf16", "avx512", "avx2", "portable")
+# Instruction sets, the best first. avx512_bf16 is AVX-512 with VNNI and bfloat16 dot products, amx has tiles besides.
+KERNELS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+# Those that, where there are many tokens, round the activations of layers with bfloat16 values to bfloat16, and those
+# of layers that allow it to 8 bits.
+ROUND_TO_BF16 = ("amx", "avx512_bf16")
+ROUND_TO_BYTES = ("amx", "avx512_bf16", "avx512")
 
 _FOLDER = Path(__file__).resolve().parent
 _NAME = "libsslc_ort.dylib" if sys.platform == "darwin" else "libsslc_ort.so"
@@ -38,8 +42,7 @@ def library_path() -> Path:
 def kernel_name() -> str:
     """The instruction set that new layers use: one of `KERNELS`.
 
-    All give the same results but for two cases, both where there are many tokens: "avx512_bf16" rounds the activations
-    of layers with bfloat16 values to bfloat16, and both with AVX-512 round those of layers that allow it to 8 bits.
+    All give the same results but for those of `ROUND_TO_BF16` and `ROUND_TO_BYTES`.
 
     The best that the processor has, unless the environment variable `SSLC_KERNEL` names one.
 

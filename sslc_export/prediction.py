@@ -28,6 +28,7 @@ PREFILL_TOKENS = 512
 # MatMul leaves more of its bandwidth unused than two.
 _DENSE_STREAM, _DENSE_STREAM_THREADS = 0.79, 0.92
 _STREAM = {
+    "amx": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
     "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
     "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
     "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42, "int4": 0.22},
@@ -37,6 +38,7 @@ _STREAM = {
 # parameters are kept (the same tables; avx2 on Zen 3, where dense has no more). f32 computes on what is kept only,
 # the others on all of it.
 _COMPUTE = {
+    "amx": {"f32": 1.25, "bf16": 4.5, "int8": 3.0, "int4": 2.7},
     "avx512_bf16": {"f32": 1.25, "bf16": 1.65, "int8": 1.55, "int4": 1.55},
     "avx512": {"f32": 1.25, "bf16": 1.31, "int8": 1.05, "int4": 1.05},
     "avx2": {"f32": 1.5, "bf16": 1.4, "int8": 1.1, "int4": 1.0},

@@ -211,18 +211,19 @@ def _harness(checkpoint: Path, longest: int, recipe: ValidateRecipe) -> Scorer |
 def _limits_of_values(limits: Limits, checkpoint: Path, kernel: str | None, int8_activations: bool) -> Limits:
     """The limits, with the tolerance of a kernel that rounds activations where the user gave none."""
     from compress.format import Checkpoint
+    from plugins_ort.library import ROUND_TO_BF16, ROUND_TO_BYTES
     from validate.limits import Limit
 
     types = {layer.dtype for layer in Checkpoint.open(checkpoint).layers.values()}
-    if types & {"I8", "U8"} and int8_activations and kernel is not None and kernel.startswith("avx512"):
+    if types & {"I8", "U8"} and int8_activations and kernel in ROUND_TO_BYTES:
         limit = Limit(value=_INT8_TOLERANCE, reason="int8 activations were allowed")
     elif types & {"I8", "U8"}:
         reason = "the kernels for int8 and int4 values round activations to 16 bits"
         limit = Limit(value=_QUANTIZED_TOLERANCE, reason=reason)
-    elif "BF16" in types and kernel == "avx512_bf16":
+    elif "BF16" in types and kernel in ROUND_TO_BF16:
         limit = Limit(
             value=_BF16_TOLERANCE,
-            reason="the kernel avx512_bf16 rounds the activations of layers with bfloat16 values to bfloat16",
+            reason=f"the kernel {kernel} rounds the activations of layers with bfloat16 values to bfloat16",
         )
     else:
         return limits

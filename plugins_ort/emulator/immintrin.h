@@ -39,6 +39,10 @@ inline To as(const From& from) {
   return to;
 }
 
+inline void must_be_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) __builtin_trap();
+}
+
 template <class V>
 inline V load(const void* p) {
   V v;
@@ -113,10 +117,12 @@ EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
 }
 EMULATED void _mm512_storeu_ps(void* p, __m512 v) { std::memcpy(p, &v, sizeof v); }
 EMULATED void _mm512_store_ps(void* p, __m512 v) {
-  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) __builtin_trap();
+  emulated::must_be_aligned(p);
   _mm512_storeu_ps(p, v);
 }
 EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+EMULATED __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
+EMULATED __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
   return c;
@@ -128,6 +134,7 @@ EMULATED float _mm512_reduce_add_ps(__m512 v) {
   return v[0];
 }
 EMULATED __m512 _mm512_castsi512_ps(__m512i v) { return emulated::as<__m512>(v); }
+EMULATED __m512i _mm512_castps_si512(__m512 v) { return emulated::as<__m512i>(v); }
 EMULATED __m512 _mm512_cvtepi32_ps(__m512i v) {
   const auto lanes = emulated::as<emulated::Array<int32_t, 16>>(v);
   __m512 out;
@@ -165,6 +172,30 @@ EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
   return emulated::masked_load<uint16_t, __m256i>(mask, p);
 }
 EMULATED void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
+EMULATED __m512i _mm512_load_si512(const void* p) {
+  emulated::must_be_aligned(p);
+  return emulated::load<__m512i>(p);
+}
+EMULATED void _mm512_store_si512(void* p, __m512i v) {
+  emulated::must_be_aligned(p);
+  std::memcpy(p, &v, sizeof v);
+}
+EMULATED __m512i _mm512_add_epi32(__m512i a, __m512i b) {
+  const auto lanes = emulated::as<emulated::Array<uint32_t, 16>>(b);
+  int i = 0;
+  return emulated::map<uint32_t>(a, [&](uint32_t lane) { return lane + lanes.at[i++]; });
+}
+EMULATED __m512i _mm512_srli_epi32(__m512i v, unsigned n) {
+  return emulated::map<uint32_t>(v, [n](uint32_t lane) { return n > 31 ? 0 : lane >> n; });
+}
+EMULATED __m512i _mm512_sllv_epi32(__m512i v, __m512i counts) {
+  const auto n = emulated::as<emulated::Array<uint32_t, 16>>(counts);
+  int i = 0;
+  return emulated::map<uint32_t>(v, [&](uint32_t lane) {
+    const uint32_t by = n.at[i++];
+    return by > 31 ? 0 : lane << by;
+  });
+}
 EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
@@ -207,4 +238,77 @@ EMULATED __m512i _mm512_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
   for (int i = 0; i < 16; ++i)
     for (int j = 2 * i; j < 2 * i + 2; ++j) lanes.at[i] += static_cast<uint32_t>(int32_t{x.at[j]} * y.at[j]);
   return emulated::as<__m512i>(lanes);
+}
+
+// ---- tiles ----
+
+namespace emulated {
+
+// A thread's tiles, 16 rows of 64 bytes each. They may be used between loading a configuration and releasing it; what
+// another shape than that would do is not needed here.
+struct Tiles {
+  bool shaped = false;
+  uint8_t at[8][16][64];
+};
+inline thread_local Tiles tiles;
+
+inline uint8_t (&tile(int number))[16][64] {
+  if (!tiles.shaped) __builtin_trap();
+  return tiles.at[number];
+}
+
+// sums[row][column] through `f(sum, a, b)` with 4 bytes of each, for all of a row of a and a column of b in order.
+template <class T, class F>
+inline void multiply_tiles(int sums, int a, int b, const F& f) {
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 16; ++column) {
+      T sum;
+      std::memcpy(&sum, tile(sums)[row] + 4 * column, 4);
+      for (int k = 0; k < 16; ++k) sum = f(sum, tile(a)[row] + 4 * k, tile(b)[k] + 4 * column);
+      std::memcpy(tile(sums)[row] + 4 * column, &sum, 4);
+    }
+}
+
+inline float bfloat16_at(const uint8_t* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  return flushed(of_bfloat16(bits));
+}
+
+}  // namespace emulated
+
+EMULATED void _tile_loadconfig(const void* p) {
+  const auto shapes = emulated::load<emulated::Array<uint8_t, 64>>(p);
+  bool usual = shapes.at[0] == 1 && shapes.at[1] == 0;
+  for (int i = 0; i < 8; ++i) usual = usual && shapes.at[16 + 2 * i] == 64 && shapes.at[17 + 2 * i] == 0 && shapes.at[48 + i] == 16;
+  if (!usual) __builtin_trap();
+  std::memset(emulated::tiles.at, 0, sizeof emulated::tiles.at);
+  emulated::tiles.shaped = true;
+}
+EMULATED void _tile_release() { emulated::tiles.shaped = false; }
+EMULATED void _tile_zero(int number) { std::memset(emulated::tile(number), 0, 1024); }
+EMULATED void _tile_loadd(int number, const void* base, int64_t stride) {
+  for (int i = 0; i < 16; ++i) std::memcpy(emulated::tile(number)[i], static_cast<const char*>(base) + i * stride, 64);
+}
+EMULATED void _tile_stored(int number, void* base, int64_t stride) {
+  for (int i = 0; i < 16; ++i) std::memcpy(static_cast<char*>(base) + i * stride, emulated::tile(number)[i], 64);
+}
+EMULATED void _tile_dpbf16ps(int sums, int a, int b) {
+  emulated::multiply_tiles<float>(sums, a, b, [](float sum, const uint8_t* x, const uint8_t* y) {
+    for (int j = 0; j < 4; j += 2)
+      sum = emulated::flushed(std::fma(emulated::bfloat16_at(x + j), emulated::bfloat16_at(y + j), emulated::flushed(sum)));
+    return sum;
+  });
+}
+EMULATED void _tile_dpbssd(int sums, int a, int b) {
+  emulated::multiply_tiles<uint32_t>(sums, a, b, [](uint32_t sum, const uint8_t* x, const uint8_t* y) {
+    for (int j = 0; j < 4; ++j) sum += static_cast<uint32_t>(static_cast<int8_t>(x[j]) * static_cast<int8_t>(y[j]));
+    return sum;
+  });
+}
+EMULATED void _tile_dpbsud(int sums, int a, int b) {
+  emulated::multiply_tiles<uint32_t>(sums, a, b, [](uint32_t sum, const uint8_t* x, const uint8_t* y) {
+    for (int j = 0; j < 4; ++j) sum += static_cast<uint32_t>(static_cast<int8_t>(x[j]) * y[j]);
+    return sum;
+  });
 }

@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <vector>
 
+#if defined SSLC_AMX && !defined SSLC_EMULATE
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace sslc {
 
 extern const Kernels kPortable;
@@ -14,6 +19,9 @@ extern const LaneKernels kAvx512Bf16Pairs;
 #endif
 #ifdef SSLC_X86
 extern const Kernels kAvx2;
+#endif
+#ifdef SSLC_AMX
+extern const Kernels kAmx;
 #endif
 
 namespace {
@@ -32,6 +40,19 @@ const Kernels* avx512_bf16() {
 }
 #endif
 
+#if defined SSLC_AMX && !defined SSLC_EMULATE
+// Whether this processor has AMX with bfloat16 and int8, and Linux lets this process use it: it has to be asked, once for
+// all threads.
+bool amx() {
+  static const bool allowed = [] {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return allowed;
+}
+#endif
+
 // Best first. __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
@@ -40,6 +61,9 @@ std::vector<const Kernels*> available() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
+#ifdef SSLC_AMX
+    if (__builtin_cpu_supports("avx512bf16") && amx()) found.push_back(&kAmx);
+#endif
     if (__builtin_cpu_supports("avx512bf16")) found.push_back(avx512_bf16());
     found.push_back(&kAvx512);
   }
@@ -48,6 +72,7 @@ std::vector<const Kernels*> available() {
     found.push_back(&kAvx2);
 #endif
 #ifdef SSLC_EMULATE
+  found.push_back(&kAmx);
   found.push_back(avx512_bf16());
   found.push_back(&kAvx512);
 #endif

@@ -111,6 +111,8 @@ def _contenders(
     for kernel in kernels or [library.kernel_name()]:
         for dtype in values:
             yield onnx_runtime.ours(layer, dtype, threads, kernel)
+            if dtype in ("int8", "int4"):
+                yield onnx_runtime.ours(layer, dtype, threads, kernel, activation_bits=8)
     if not others:
         return
     yield onnx_runtime.dynamic_int8(layer, threads)

@@ -20,8 +20,8 @@ Weights = Mapping[str, tuple[np.ndarray, int]]
 _FLOAT = TensorProto.FLOAT
 
 
-def ours(layer: Layer, values: str, threads: int, kernel: str) -> Contender:
-    """Our op. `values` is f32, bf16, int8 or int4; `kernel` an instruction set."""
+def ours(layer: Layer, values: str, threads: int, kernel: str, activation_bits: int = 16) -> Contender:
+    """Our op. `values` is f32, bf16, int8 or int4; `kernel` an instruction set; `activation_bits` is for integers."""
     stored: Callable[[Floats], Any] = (lambda array: array) if values == "f32" else bf16
     factor = _FLOAT if values == "f32" else TensorProto.BFLOAT16
     S: tuple[np.ndarray, int] = (stored(layer.S), factor)
@@ -39,8 +39,11 @@ def ours(layer: Layer, values: str, threads: int, kernel: str) -> Contender:
         **scales,
     }
     attributes = {"domain": "sslc", "version": 1, "layout": "rows64"}
+    how = kernel
+    if activation_bits == 8:
+        attributes["activation_bits"], how = 8, f"{kernel}, 8-bit activations"
     with _environment("SSLC_KERNEL", kernel):
-        return _contender("sslc", values, kernel, layer, weights, threads, "LowRankSparseLinear", **attributes)
+        return _contender("sslc", values, how, layer, weights, threads, "LowRankSparseLinear", **attributes)
 
 
 def dense(layer: Layer, threads: int) -> Contender:

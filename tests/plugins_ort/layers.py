@@ -67,9 +67,15 @@ class RandomLayer:
 def expected_of(layer: RandomLayer, x: np.ndarray, kernel: str) -> tuple[np.ndarray, np.ndarray]:
     """The output of one call in float64, and the largest error that this kernel may have."""
     activations = "f32"
-    if kernel == "avx512_bf16" and layer.element == 16 and len(x) >= 9:  # bfloat16 dot products
+    if (
+        kernel in ("amx", "avx512_bf16") and layer.element == 16 and len(x) >= (6 if kernel == "amx" else 9)
+    ):  # bfloat16 products
         activations = "bf16"
-    if kernel.startswith("avx512") and layer.activation_bits == 8 and len(x) >= 13:  # of bytes
+    if (
+        kernel in ("amx", "avx512_bf16", "avx512")
+        and layer.activation_bits == 8
+        and len(x) >= (6 if kernel == "amx" else 13)
+    ):  # of bytes
         activations = "int8"
     return layer.reference(x, activations=activations)
 

@@ -12,7 +12,7 @@ import jsonschema
 import onnx
 import pytest
 
-from plugins_ort.library import kernel_name
+from plugins_ort.library import ROUND_TO_BF16, ROUND_TO_BYTES, kernel_name
 from sslc_common.errors import MissingError
 from sslc_export.cli import compress, export, validate
 from validate.document import schema
@@ -87,7 +87,7 @@ def test_values_of_fewer_bits_pass_with_a_tolerance_of_their_own(tiny_folder, te
     verdict = json.loads((tmp_path / "report" / "verdict.json").read_text())
     limits = {limit["name"]: limit for limit in verdict["limits"]}
     for name in ("max_relative_l2", "max_layer_error"):
-        rounds = kernel_name() == "avx512_bf16"
+        rounds = kernel_name() in ROUND_TO_BF16
         assert limits[name]["limit"] == (1e-3 if dtype in ("int8", "int4") else 2e-2 if rounds else 1e-5)
         assert limits[name]["outcome"] == "passed"
 
@@ -104,7 +104,7 @@ def test_int8_activations_are_in_the_graph_with_a_tolerance_of_their_own(tiny_fo
     assert bits == [8] * len(nodes)
     assert json.loads((tmp_path / "engine.json").read_text())["int8_activations"] is True
     limits = {x["name"]: x for x in json.loads((tmp_path / "report" / "verdict.json").read_text())["limits"]}
-    rounds = kernel_name().startswith("avx512")
+    rounds = kernel_name() in ROUND_TO_BYTES
     for name in ("max_relative_l2", "max_layer_error"):
         assert limits[name]["limit"] == (8e-2 if rounds else 1e-3)
         assert limits[name]["outcome"] == "passed"

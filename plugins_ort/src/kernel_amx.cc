@@ -1,0 +1,25 @@
+// AVX-512 and AMX with bfloat16 and int8 (Sapphire Rapids and later).
+#include <immintrin.h>
+
+#include <utility>
+
+#include "layer.h"
+
+namespace sslc {
+namespace {
+
+#include "avx512.inc"
+
+#include "kernels.inc"
+
+#include "pairs_bf16.inc"
+
+#include "quads.inc"
+
+#include "tiles.inc"
+
+}  // namespace
+
+extern const Kernels kAmx = with_tiles(kernels_named("amx", 24, 13), 6);
+
+}  // namespace sslc
