@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,4 +57,4 @@ def test_the_kernel_sweep_passes_with(
     result = subprocess.run(sweep, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     if "-DSSLC_EMULATE=ON" in options:
-        assert "has no a" not in result.stdout  # the kernels ran, rather than being skipped
+        assert not re.search("has no (avx512|amx)", result.stdout)  # the kernels ran, rather than being skipped
