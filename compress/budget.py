@@ -115,7 +115,8 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
     if rank * direction > room:
         return LayerPlan(dense_reason=f"rank {rank} takes {rank * direction} values, more than the budget's {room}")
     nnz = min(room - rank * direction, N * K)
-    if stored_bytes(N, K, nnz, rank, value_bits, bias_bytes) >= dense:
+    # A dense layer is kept in 16 bits at the least, whatever the values of others are.
+    if stored_bytes(N, K, nnz, rank, value_bits, bias_bytes) >= dense_bytes(N, K, max(value_bits, 16), bias_bytes):
         return LayerPlan(dense_reason="compressed, it would take no fewer bytes than dense")
     return LayerPlan(rank, nnz)
 

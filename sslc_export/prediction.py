@@ -22,23 +22,24 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 512
 
 # Share of the read bandwidth at one token, from the layer of 4096 × 4096 with half of the parameters kept and from
-# SmolLM2 (docs/prediction.md). avx512_bf16 was measured, and avx512 is the same at one token. avx2 and portable: as
-# much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md); int4 with avx2 by its ratio on Zen 3.
-# Elsewhere int4 was not measured, and is taken to be like int8, here and below. One thread of ONNX Runtime's dense
-# MatMul leaves more of its bandwidth unused than two.
+# SmolLM2 (docs/prediction.md). avx512_bf16 was measured on Zen 5, and avx512 and amx are the same at one token; int4 on
+# Emerald Rapids. avx2 and portable: as much less as their ratio to dense is below that of avx512 (docs/kernel-cpu.md);
+# int4 with avx2 by its ratio on Zen 3. Not measured is int4 with portable, and below with avx512: taken as int8's.
+# One thread of ONNX Runtime's dense MatMul leaves more of its bandwidth unused than two.
 _DENSE_STREAM, _DENSE_STREAM_THREADS = 0.79, 0.92
 _STREAM = {
-    "amx": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
-    "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
-    "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.68},
+    "amx": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.47},
+    "avx512_bf16": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.47},
+    "avx512": {"f32": 0.85, "bf16": 0.78, "int8": 0.68, "int4": 0.47},
     "avx2": {"f32": 0.75, "bf16": 0.48, "int8": 0.42, "int4": 0.22},
     "portable": {"f32": 0.14, "bf16": 0.06, "int8": 0.06, "int4": 0.06},
 }
 # Dense operations per second over ONNX Runtime's dense float32 ones, from 128 to 512 tokens, where half of the
-# parameters are kept (the same tables; avx2 on Zen 3, where dense has no more). f32 computes on what is kept only,
+# parameters are kept (the same tables; avx2 on Zen 3, where dense has no more; amx of SmolLM2, larger layers are up to
+# twice as fast). f32 computes on what is kept only,
 # the others on all of it.
 _COMPUTE = {
-    "amx": {"f32": 1.25, "bf16": 4.5, "int8": 3.0, "int4": 2.7},
+    "amx": {"f32": 1.25, "bf16": 2.3, "int8": 1.85, "int4": 1.85},
     "avx512_bf16": {"f32": 1.25, "bf16": 1.65, "int8": 1.55, "int4": 1.55},
     "avx512": {"f32": 1.25, "bf16": 1.31, "int8": 1.05, "int4": 1.05},
     "avx2": {"f32": 1.5, "bf16": 1.4, "int8": 1.1, "int4": 1.0},
