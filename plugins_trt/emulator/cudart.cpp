@@ -74,6 +74,9 @@ int __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void** s
 }
 int __cudaGetKernel(const void** kernel, const void* host) { *kernel = host; return 0; }
 int cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments, size_t shared, void*) { return last_error = launch(host, grid, block, shared, arguments); }
+// cudaLaunchConfig_t; its attributes say when a kernel may start, and here one runs after the other.
+struct LaunchConfig { dim3 grid, block; size_t shared; void* stream; const void* attributes; unsigned count; };
+int cudaLaunchKernelExC(const LaunchConfig* c, const void* host, void** arguments) { return last_error = launch(host, c->grid, c->block, c->shared, arguments); }
 int __cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, void* stream) { return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream); }
 
 int cudaFuncSetAttribute(const void* host, int attribute, int value) {
@@ -84,7 +87,7 @@ int cudaFuncSetAttribute(const void* host, int attribute, int value) {
 int cudaGetDevice(int* device) { *device = 0; return 0; }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   if (attribute == 16) *value = 4;               // cudaDevAttrMultiProcessorCount
-  else if (attribute == 75) *value = 8;          // cudaDevAttrComputeCapabilityMajor
+  else if (attribute == 75) *value = 9;          // cudaDevAttrComputeCapabilityMajor: kernels may start early
   else if (attribute == 97) *value = 99 << 10;   // cudaDevAttrMaxSharedMemoryPerBlockOptin
   else return kInvalidValue;
   return 0;
