@@ -142,9 +142,10 @@ def factor_bytes(out_features: int, in_features: int, rank: int) -> int:
 def choose_layout(bitmaps: Sequence[NDArray[np.int32]], in_features: int, *, int8: bool = False) -> Choice:
     """The layout that should be fastest for these masks, of layers that will be one (`stack`).
 
-    A tile's time is modelled as the larger of its memory time and its decoding time plus a fifth of the smaller, on an
-    A100 (12.1 bytes per clock and multiprocessor at 90 % of its bandwidth), with the decoding rates counted by
-    `scripts/predict_gpu.py`. A model, not a measurement.
+    A tile's time is modelled as the larger of its memory time and its decoding time plus a fifth of the smaller, with an
+    H100's bandwidth (13.3 bytes per clock and multiprocessor) and the decoding rates that explain what it took for one
+    token of LLaMA-2-7B's gate and up (docs/kernel-gpu.md). They are half to three quarters of those that
+    `scripts/predict_gpu.py` counts; other GPUs were not measured.
     """
     most16, most64, stored = 0, 0, [0] * len(bitmaps)
     for i, bitmap in enumerate(bitmaps):
@@ -154,11 +155,11 @@ def choose_layout(bitmaps: Sequence[NDArray[np.int32]], in_features: int, *, int
             most64 = max(most64, int(mask.reshape(-1, 64).sum(1).max(initial=0)))
             stored[i] += int(mask.sum())
     weights = sum(len(bitmap) for bitmap in bitmaps) * in_features
-    rates = {"any": 15.5}
+    rates = {"any": 10.0}
     if most64 <= 32 and not int8:
-        rates["bank32"] = 20.2
+        rates["bank32"] = 9.7
     if most16 <= 8:
-        rates["fixed8"] = 25.0
+        rates["fixed8"] = 11.7
     sizes = {
         layout: sum(
             sparse_bytes(layout, len(bitmap), in_features, n, int8=int8)
@@ -168,12 +169,12 @@ def choose_layout(bitmaps: Sequence[NDArray[np.int32]], in_features: int, *, int
     }
 
     def time(layout: str) -> float:
-        memory, decoding = sizes[layout] / weights / 12.1, 1 / rates[layout]
+        memory, decoding = sizes[layout] / weights / 13.3, 1 / rates[layout]
         return max(memory, decoding) + 0.2 * min(memory, decoding)
 
     best = min(rates, key=time)
     rule = f"at most {most16} of 16 and {most64} of 64 columns stored, {sum(stored) / weights:.1%} in all"
-    reason = f"{rule}: {sizes[best] / weights:.3f} bytes per weight, modelled fastest of {', '.join(rates)}"
+    reason = f"{rule}: {sizes[best] / weights:.3f} bytes per weight, expected to be the fastest of {', '.join(rates)}"
     return Choice(best, reason, sizes[best])
 
 

@@ -161,7 +161,7 @@ def test_a_value_out_of_range_is_refused(type, value):
     ("rule", "K", "int8", "layout"),
     [
         ("8:16", 4096, False, "fixed8"),
-        ("32:64", 4096, False, "bank32"),
+        ("32:64", 4096, False, "any"),  # bank32 is 3 % smaller, and was no faster on an H100
         ("free:0.5", 4096, False, "any"),
         ("32:64", 576, False, "any"),  # 576 columns padded to 768 would cost a third more
         ("free:0.1", 4096, False, "any"),

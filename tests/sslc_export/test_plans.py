@@ -85,7 +85,7 @@ def test_the_record_says_what_the_plan_is_made_of(built):
     assert about["activations"] == "f16"
     assert len(about["plugin"]["sha256"]) == 64
     assert about["dense_layers"] == {"lm_head": "outside the blocks"}
-    assert all("modelled fastest" in layer["reason"] for layer in about["layers"])
+    assert all("expected to be the fastest" in layer["reason"] for layer in about["layers"])
     assert about["profiles"][0]["input_ids"] == [[1, 1], [1, 1], [1, 512]]
 
 
