@@ -142,9 +142,9 @@ def factor_bytes(out_features: int, in_features: int, rank: int) -> int:
 def choose_layout(bitmaps: Sequence[NDArray[np.int32]], in_features: int, *, int8: bool = False) -> Choice:
     """The layout that should be fastest for these masks, of layers that will be one (`stack`).
 
-    A tile's time is modelled as the larger of its memory time and its decoding time plus a fifth of the smaller, with an
-    H100's bandwidth (13.3 bytes per clock and multiprocessor) and the decoding rates that explain what it took for one
-    token of LLaMA-2-7B's gate and up (docs/kernel-gpu.md). They are half to three quarters of those that
+    A tile's time is modelled as the larger of its memory time and its decoding time plus a fifth of the smaller, with
+    an H100's bandwidth (13.3 bytes per clock and multiprocessor) and the decoding rates that explain what it took for
+    one token of LLaMA-2-7B's gate and up (docs/kernel-gpu.md). They are half to three quarters of those that
     `scripts/predict_gpu.py` counts; other GPUs were not measured.
     """
     most16, most64, stored = 0, 0, [0] * len(bitmaps)
