@@ -19,10 +19,11 @@ from compress.calibration import HELD_OUT_EVERY
 from compress.options import METHODS, CompressOptions
 from compress.refinement import TOKENS_PER_STEP
 from compress.source import Source
+from compress.trainable import has_fast_products
 
 # Products of [N, K] by [K, K] that take as long as solving a layer without a low-rank part, and with one.
 PRODUCTS = {
-    "joint": (80, 170),
+    "joint": (80, 117),
     "magnitude": (1, 1),
     "wanda": (1, 1),
     "sparsegpt": (12, 12),
@@ -78,7 +79,8 @@ def forecast(source: Source, options: CompressOptions, rate: float | None = None
         operations += sum(2 * products * N * K * K for N, K in shapes.values())
         if options.allocation != "uniform" and tokens:
             operations += 4 * forward * min(solving, importance.TOKENS)  # up, down, and its gradient
-        operations += (refining > 0) * forward * (tokens + 2 * held_out) + refining * 3 * forward * solving
+        operations += (refining > 0) * forward * (tokens + 2 * held_out)
+        operations += refining * 3 * forward * solving / (2 if has_fast_products() else 1)
         memory = max(memory, _block_memory(list(shapes.values()), grams, d, options, refining > 0))
     head = source.model.get_output_embeddings().weight
     if options.allocation != "uniform" and tokens:

@@ -64,4 +64,9 @@ def fast_products() -> torch.autocast:
 
     Elsewhere they are emulated, and a hundred times as slow as float32.
     """
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("avx512_bf16")))
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_products())
+
+
+def has_fast_products() -> bool:
+    """Whether the CPU multiplies bfloat16 itself."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
