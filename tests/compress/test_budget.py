@@ -69,7 +69,7 @@ def test_a_plan_never_exceeds_its_budget_nor_wastes_it(N, K, budget, unit, dtype
         assert (plan.rank, plan.nnz) == (0, 0)
         return
     stored = stored_bytes(N, K, plan.nnz, plan.rank, size, bias)
-    assert stored < dense
+    assert stored < dense_bytes(N, K, max(size, 16), bias)
     assert 0 <= plan.rank <= min(N, K)
     assert 0 <= plan.nnz <= N * K
     assert METHODS[method].low_rank or plan.rank == 0
