@@ -300,6 +300,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two forms, four numbers of tokens")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"torch {torch.__version__} sees no GPU; an NVIDIA GPU of compute capability 8.0 or later is needed. "
+            "Install its driver and a CUDA build of torch"
+        )
     forms = [FORMS[i] for i in ([0, 2] if arguments.quick else arguments.forms)]
     tokens = [1, 16, 64, 512] if arguments.quick else arguments.tokens
     library = arguments.library or build()
