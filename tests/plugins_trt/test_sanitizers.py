@@ -44,14 +44,16 @@ def small_stacks(M: int, *, late: bool = True, real_threads: bool = True) -> lis
         outs, ranks = ((20,), (20,)) if i % 2 == 0 else ((20,), (200,))
         if layout == "fixed8":
             outs, ranks = (20, 7), (20, 200)
+        if M > DECODE_TOKENS and real_threads:
+            ranks = (20,) * len(outs)
         stacks.append(random_stack(i, outs, K, ranks, M, rule=rule, int8=int8, **options))
     return stacks
 
 
-def failure(program: Path, stacks: list[list[Case]], folder: Path) -> str:
+def failure(program: Path, stacks: list[list[Case]], folder: Path, timeout: float = 120) -> str:
     """What is wrong with the outputs, or "": a sanitizer's report, a crash, a hang, or a wrong number."""
     try:
-        outputs = run_stacks(program, stacks, folder, timeout=120)
+        outputs = run_stacks(program, stacks, folder, timeout=timeout)
     except subprocess.CalledProcessError as error:
         return f"exit {error.returncode}: {error.stderr[:2000]}"
     except subprocess.TimeoutExpired:
@@ -76,7 +78,7 @@ def failure(program: Path, stacks: list[list[Case]], folder: Path) -> str:
 )
 def test_sanitizers_find_nothing(sanitizer, M, late, tmp_path):
     program = compile_emulator(sanitizer=sanitizer, optimize="-O1")
-    assert failure(program, small_stacks(M, late=late), tmp_path) == ""
+    assert failure(program, small_stacks(M, late=late), tmp_path, timeout=900) == ""
 
 
 @dataclass(frozen=True)
