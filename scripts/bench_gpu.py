@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from predict_gpu import SEARCH_PATH
 
-from plugins_trt.pack import LAYOUTS, PackedLayer, pack_layer, stack
+from plugins_trt.pack import LAYOUTS, MOST_STACKED, TYPES, PackedLayer, pack_layer, stack
 
 SOURCE = Path(__file__).with_name("gpu_bench") / "run_layer.cu"
 # Layers of LLaMA-2-7B's block that read the same input: name, outputs of each, inputs.
@@ -128,14 +128,14 @@ class Kernels:
         self.library.layer_workspace.restype = ctypes.c_size_t
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         self.shared = self.library.shared_bytes_of(0)
-        self.early, self.splits = torch.cuda.get_device_capability()[0] >= 9, 0
+        self.early = torch.cuda.get_device_capability()[0] >= 9
 
     def layer(self, packed: PackedLayer, x: torch.Tensor, copies: int) -> Run:
         """Multiplies x [M, K] with a copy of the weights; the next call overwrites its result [ΣN·M]."""
         M = len(x)
-        pad = [0] * (3 - len(packed.out_features))
+        pad = [0] * (MOST_STACKED - len(packed.out_features))
         fields = [len(packed.out_features), packed.in_features, *packed.out_features, *pad, *packed.rank, *pad]
-        fields += [LAYOUTS.index(packed.layout), ("f16", "bf16").index(packed.type), packed.int8, packed.slot]
+        fields += [LAYOUTS.index(packed.layout), TYPES.index(packed.type), packed.int8, packed.slot]
         header = (ctypes.c_int32 * len(fields))(*fields)
         S, U, V, bias = (torch.from_numpy(a).cuda() for a in (packed.S, packed.U, packed.V, packed.bias))
         sets = [(S.clone(), U.clone(), V.clone(), bias) for _ in range(copies)]
@@ -145,9 +145,7 @@ class Kernels:
         def run(copy: int) -> torch.Tensor:
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, *sets[copy], y, workspace)]
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            error = self.library.layer_run(
-                header, *pointers, M, self.multiprocessors, self.shared, self.splits, self.early, stream
-            )
+            error = self.library.layer_run(header, *pointers, M, self.multiprocessors, self.shared, self.early, stream)
             if error:
                 raise RuntimeError(f"CUDA error {error} at {fields}, M = {M}")
             return y

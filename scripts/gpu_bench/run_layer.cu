@@ -33,7 +33,7 @@ size_t layer_workspace(const int32_t* fields, int M) { return sslc::workspace_by
 
 // y: the parts' outputs one after the other, in 16 bits. Returns a cudaError_t.
 int layer_run(const int32_t* fields, const void* x, const void* S, const void* U, const void* V, const float* bias, void* y,
-              void* workspace, int M, int multiprocessors, int shared_bytes, int splits, int early, void* stream) {
+              void* workspace, int M, int multiprocessors, int shared_bytes, int early, void* stream) {
   const sslc::Layer layer = layer_of(fields);
   sslc::Buffers buffers{x, S, U, V, bias, {}, workspace};
   size_t before = 0;
@@ -41,7 +41,7 @@ int layer_run(const int32_t* fields, const void* x, const void* S, const void* U
     buffers.y[i] = static_cast<uint16_t*>(y) + before;
     before += static_cast<size_t>(M) * layer.out[i];
   }
-  return sslc::run_layer(layer, {multiprocessors, shared_bytes, splits, early != 0}, buffers, M, false, static_cast<cudaStream_t>(stream));
+  return sslc::run_layer(layer, {multiprocessors, shared_bytes, 0, early != 0}, buffers, M, false, static_cast<cudaStream_t>(stream));
 }
 
 int read_memory(const void* from, size_t bytes, void* sink, int blocks, void* stream) {
