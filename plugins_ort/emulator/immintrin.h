@@ -161,6 +161,7 @@ EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 
 EMULATED __m512i _mm512_setzero_si512() { return __m512i{}; }
 EMULATED __m512i _mm512_set1_epi8(char value) { return emulated::all<char, __m512i>(value); }
+EMULATED __m512i _mm512_set1_epi64(long long value) { return emulated::all<long long, __m512i>(value); }
 EMULATED __m512i _mm512_set1_epi16(short value) { return emulated::all<short, __m512i>(value); }
 EMULATED __m512i _mm512_set1_epi32(int value) { return emulated::all<int, __m512i>(value); }
 EMULATED __m512i _mm512_loadu_si512(const void* p) { return emulated::load<__m512i>(p); }
@@ -199,7 +200,6 @@ EMULATED __m512i _mm512_sllv_epi32(__m512i v, __m512i counts) {
 EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
-EMULATED __m512i _mm512_slli_epi16(__m512i v, unsigned n) {
   return emulated::map<uint16_t>(v, [n](uint16_t lane) { return n > 15 ? 0 : lane << n; });
 }
 EMULATED __m512i _mm512_slli_epi32(__m512i v, unsigned n) {
@@ -209,7 +209,23 @@ EMULATED __m512i _mm512_srai_epi32(__m512i v, unsigned n) {
   return emulated::map<int32_t>(v, [n](int32_t lane) { return lane >> (n > 31 ? 31 : n); });
 }
 EMULATED __m512i _mm512_cvtepi8_epi16(__m256i v) { return emulated::widened<int8_t, int16_t>(v); }
-EMULATED __m512i _mm512_cvtepu8_epi16(__m256i v) { return emulated::widened<uint8_t, uint16_t>(v); }
+EMULATED __m512i _mm512_cvtepu32_epi64(__m256i v) { return emulated::widened<uint32_t, uint64_t>(v); }
+EMULATED __m512i _mm512_multishift_epi64_epi8(__m512i from, __m512i v) {
+  auto bytes = emulated::as<emulated::Array<uint8_t, 64>>(from);
+  const auto words = emulated::as<emulated::Array<uint64_t, 8>>(v);
+  for (int i = 0; i < 64; ++i) {
+    const uint64_t word = words.at[i / 8];
+    const int bit = bytes.at[i] & 63;
+    bytes.at[i] = static_cast<uint8_t>(word >> bit | (bit > 0 ? word << (64 - bit) : 0));
+  }
+  return emulated::as<__m512i>(bytes);
+}
+EMULATED __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
+  __m512i out{};
+  for (int bits = 0; bits < 8; ++bits)
+    if ((table >> bits & 1) != 0) out |= ((bits & 4) != 0 ? a : ~a) & ((bits & 2) != 0 ? b : ~b) & ((bits & 1) != 0 ? c : ~c);
+  return out;
+}
 EMULATED __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
   return emulated::load<__m256i>(reinterpret_cast<const char*>(&v) + half * 32);
 }

@@ -204,7 +204,7 @@ void PreparedLayer::forward_integers(const float* x, int64_t M, float* y, const 
   const int64_t passes = (M + kMost - 1) / kMost;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = M * pass / passes, count = M * (pass + 1) / passes - first;
-    float* t = scratch.at_least(count * (rp + Kp + Kp / 2 + 1));
+    float* t = scratch.at_least(count * (rp + Kp + Kp / 2 + 1) + round_up(layer_.words, kBlock));
     float* arranged = t + count * rp;
     int16_t* q = reinterpret_cast<int16_t*>(arranged + count * Kp);
     float* scales = arranged + count * (Kp + Kp / 2);
