@@ -200,8 +200,6 @@ EMULATED __m512i _mm512_sllv_epi32(__m512i v, __m512i counts) {
 EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
-  return emulated::map<uint16_t>(v, [n](uint16_t lane) { return n > 15 ? 0 : lane << n; });
-}
 EMULATED __m512i _mm512_slli_epi32(__m512i v, unsigned n) {
   return emulated::map<uint32_t>(v, [n](uint32_t lane) { return n > 31 ? 0 : lane << n; });
 }
@@ -219,12 +217,6 @@ EMULATED __m512i _mm512_multishift_epi64_epi8(__m512i from, __m512i v) {
     bytes.at[i] = static_cast<uint8_t>(word >> bit | (bit > 0 ? word << (64 - bit) : 0));
   }
   return emulated::as<__m512i>(bytes);
-}
-EMULATED __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
-  __m512i out{};
-  for (int bits = 0; bits < 8; ++bits)
-    if ((table >> bits & 1) != 0) out |= ((bits & 4) != 0 ? a : ~a) & ((bits & 2) != 0 ? b : ~b) & ((bits & 1) != 0 ? c : ~c);
-  return out;
 }
 EMULATED __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
   return emulated::load<__m256i>(reinterpret_cast<const char*>(&v) + half * 32);

@@ -73,6 +73,10 @@ const TypeKernels& PreparedLayer::of_type() const {
   return layer_.dtype == Dtype::f32 ? kernels_->f32 : kernels_->bf16;
 }
 
+const IntegerKernels& PreparedLayer::of_integers() const {
+  return layer_.dtype == Dtype::i8 ? kernels_->int8 : kernels_->int4;
+}
+
 bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Kernels* kernels, std::string* error) {
   layer_ = weights;
   kernels_ = kernels;
@@ -121,7 +125,26 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
     std::memcpy(tail_.data(), layer.values + tail_start, static_cast<size_t>(bytes - tail_start));
   layer.row_start = row_start_.data();
   layer.tail = tail_.data();
+  if (is_integer(layer.dtype) && of_integers().offset) of_zero_ = rows_of_zero();
+  layer.of_zero = of_zero_.data();
   return true;
+}
+
+// What S alone makes of a token of zeros, without its scale, where the kernel adds something to q.
+std::vector<float> PreparedLayer::rows_of_zero() const {
+  const size_t N = static_cast<size_t>(layer_.N), Kp = static_cast<size_t>(layer_.words * kBlock);
+  const std::vector<float> none(N);
+  std::vector<float> x(Kp), y(N);
+  std::vector<int16_t> q(Kp);
+  float scale;
+  of_integers().quantize(x.data(), 1, layer_.K, layer_.words * kBlock, q.data(), &scale);
+  scale = 1;
+  Layer sparse = layer_;
+  sparse.r = 0;
+  sparse.bias = reinterpret_cast<const uint8_t*>(none.data());
+  sparse.of_zero = none.data();
+  of_integers().rows(sparse, 0, layer_.N, q.data(), &scale, nullptr, 1, y.data());
+  return y;
 }
 
 void PreparedLayer::forward(const float* x, int64_t M, float* y, const Parallel& parallel) const {
@@ -195,7 +218,7 @@ void PreparedLayer::forward_lanes(const LaneKernels& kernels, const float* x, in
 }
 
 void PreparedLayer::forward_integers(const float* x, int64_t M, float* y, const Parallel& parallel) const {
-  const IntegerKernels& kernels = layer_.dtype == Dtype::i8 ? kernels_->int8 : kernels_->int4;
+  const IntegerKernels& kernels = of_integers();
   const int64_t Kp = layer_.words * kBlock, rp = round_up(layer_.r, kBlock);
   const double K = static_cast<double>(layer_.K), factor = static_cast<double>(factor_size_of(layer_.dtype));
   const double stored = static_cast<double>(row_start_.back()) / static_cast<double>(layer_.N);
@@ -204,7 +227,7 @@ void PreparedLayer::forward_integers(const float* x, int64_t M, float* y, const 
   const int64_t passes = (M + kMost - 1) / kMost;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = M * pass / passes, count = M * (pass + 1) / passes - first;
-    float* t = scratch.at_least(count * (rp + Kp + Kp / 2 + 1) + round_up(layer_.words, kBlock));
+    float* t = scratch.at_least(count * (rp + Kp + Kp / 2 + 1));
     float* arranged = t + count * rp;
     int16_t* q = reinterpret_cast<int16_t*>(arranged + count * Kp);
     float* scales = arranged + count * (Kp + Kp / 2);

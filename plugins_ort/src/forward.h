@@ -22,6 +22,8 @@ class PreparedLayer {
 
  private:
   const TypeKernels& of_type() const;
+  const IntegerKernels& of_integers() const;
+  std::vector<float> rows_of_zero() const;
   void forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_integers(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   const LaneKernels* lanes_for(int64_t M) const;
@@ -32,6 +34,7 @@ class PreparedLayer {
   const Kernels* kernels_ = nullptr;
   std::vector<int64_t> row_start_;
   std::vector<uint8_t> tail_;
+  std::vector<float> of_zero_;
 };
 
 }  // namespace sslc

@@ -74,6 +74,7 @@ struct Layer {
   int activation_bits;       // beside integer values: 16, or 8 where there are many tokens and kernels for it
   int64_t tail_row;          // from this row on, values are read from the padded copy: reading kOverread bytes
   const uint8_t* tail;       // beyond the row would leave the tensor, which may be the end of a mapping
+  const float* of_zero;      // [N] what one token's rows() of IntegerKernels with `offset` have too much, per scale
 };
 
 static inline const uint8_t* row_values(const Layer& layer, int64_t n) {
@@ -100,6 +101,7 @@ struct TypeKernels {
 // Activations are rounded to 16 bits, token by token: x = scale * q with |q| <= 32767. Sums of q times a value are exact
 // within a block of 64 columns. q lies block by block: the 64 columns of the first token, those of the next, ...
 struct IntegerKernels {
+  bool offset;  // q of one token is q + 32768, in an order of the kernel's own
   void (*quantize)(const float* x, int64_t M, int64_t K, int64_t padded, int16_t* q, float* scales);
   void (*rows)(const Layer&, int64_t begin, int64_t end, const int16_t* q, const float* scales, const float* t,
                int64_t M, float* y);
