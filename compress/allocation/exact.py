@@ -47,8 +47,8 @@ def at_threshold(
 def exact_plans(problem: Problem, shares: Shares) -> dict[str, LayerPlan]:
     """Plans with the total of the problem's plans.
 
-    What the shares leave over goes to the largest layers, within their limits. With ranks of the shares' own, the mask
-    rule can leave values without a place; the total is then smaller.
+    What the shares leave over goes to the largest layers, within their limits. The mask rule can leave values without a
+    place, with ranks of the shares' own or where bytes bound the rank; the total is then smaller.
     """
     joint = shares.ranks is not None and problem.choose_ranks
     _, high = problem.limits(joint)
@@ -69,7 +69,10 @@ def exact_plans(problem: Problem, shares: Shares) -> dict[str, LayerPlan]:
 
 
 def _plan(problem: Problem, index: int, room: int, rank: int | None) -> LayerPlan:
-    """A plan of that room: with the rank given, else with the rank that pays, or else with the rank in proportion."""
+    """A plan of that room: with the rank given, else with the rank that pays, or else with the rank in proportion.
+
+    In proportion, or more where S cannot hold the rest under the mask rule.
+    """
     name, direction = problem.names[index], int(problem.directions[index])
     old, shape, most = problem.plans[name], problem.shapes[name], problem.most_rank(index, room)
     if rank is None and problem.choose_ranks:
@@ -77,8 +80,10 @@ def _plan(problem: Problem, index: int, room: int, rank: int | None) -> LayerPla
         rank = paying_rank(A, room, problem.factor_cost, problem.rule, most)
     elif rank is None:
         rank = old.rank * room // max(int(problem.planned[index]), 1)
+        if rank:
+            rank = max(rank, -(-(room - int(problem.most_entries[index])) // direction))
     rank = min(rank, most)
-    nnz = room - rank * direction
+    nnz = min(room - rank * direction, max(int(problem.most_entries[index]), old.nnz))
     if not 0 <= nnz <= problem.sizes[index]:
         raise AssertionError(f"{nnz} values in a layer of {shape}")
     return replace(old, rank=rank, nnz=nnz)

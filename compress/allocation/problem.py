@@ -17,6 +17,8 @@ from compress.importance import Importance
 from compress.rules import MaskRule
 
 SLACK = 0.4  # A layer keeps between SLACK times the mean share, and 1 − SLACK/2 times the mean share removed.
+# Under a mask rule, the most of a layer's room that goes to U·V: so many times what its plan gives, and so much in all.
+_TIMES_PLANNED, _MOST_FACTORS = 2, 0.4
 
 LOOP = "Sharing the budget out"  # what progress says of a loop over layers
 
@@ -94,6 +96,14 @@ class Problem:
         )
 
     @cached_property
+    def _most_under_the_rule(self) -> np.ndarray:
+        """The largest room of each where ranks follow the room: what S cannot hold goes to U·V, within bounds."""
+        ranks = np.array([self.plans[name].rank for name in self.names])
+        factors = ranks * self.directions / np.maximum(self.planned, 1)
+        factors = np.clip(_TIMES_PLANNED * factors, 0, np.maximum(factors, _MOST_FACTORS))
+        return np.where(factors < 1, self.most_entries / np.maximum(1 - factors, 1e-9), self.sizes)
+
+    @cached_property
     def most_entries(self) -> np.ndarray:
         """Values that each may hold in S."""
         return np.array([self.rule.most(*self.shapes[n]) for n in self.names]) if self.rule else self.sizes
@@ -107,7 +117,7 @@ class Problem:
         mean = self.planned.sum() / self.sizes.sum()
         most = np.array([most_values(*self.shapes[name], self.value_bits) for name in self.names])
         if not joint:
-            most = np.minimum(most, self.most_entries)
+            most = np.minimum(most, self._most_under_the_rule)
         # A layer whose plan passes the upper limit already (full rank, say) keeps what it has.
         high = np.maximum(np.minimum((1 - SLACK / 2 * (1 - mean)) * self.sizes, most), self.planned).astype(np.int64)
         return np.minimum(np.floor(SLACK * mean * self.sizes).astype(np.int64), high), high

@@ -1,8 +1,8 @@
 """CAP: robust PCA, then the largest directions and the largest entries.
 
 "Large Language Model Compression with Global Rank and Sparsity Optimization" (arXiv 2505.03801, ICLR 2026). Stage 1
-splits W into low-rank and sparse by robust PCA: ADMM on ‖L‖* + λ‖S‖₁ with λ = 1/√max(N, K). Stage 2, how many directions
-and entries each layer keeps, is an allocation: `cap_reinforce` as published, or `cap` in closed form.
+splits W into low-rank and sparse by robust PCA: ADMM on ‖L‖* + λ‖S‖₁ with λ = 1/√max(N, K). Stage 2, how many
+directions and entries each layer keeps, is an allocation: `cap_reinforce` as published, or `cap` in closed form.
 """
 
 from __future__ import annotations

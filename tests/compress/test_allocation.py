@@ -81,6 +81,16 @@ def test_no_layer_gets_more_values_than_the_mask_rule_allows():
     assert sum(shared[n].nnz for n in "abc") == sum(plans[n].nnz for n in "abc")
 
 
+def test_what_the_mask_rule_leaves_no_place_for_goes_to_the_factors():
+    plans, weights, importance = problem(rank=3)
+    importance["a"] = Importance(torch.full((40,), 1e9), torch.ones(64))
+    shared = shared_by("fisher", plans, weights, importance, rule=MaskRule(32, 64))
+    assert share(shared, "a") > 0.65
+    assert shared["a"].nnz <= 40 * 64 // 2
+    assert 2 * plans["a"].rank >= shared["a"].rank * share(plans, "a") / share(shared, "a") > plans["a"].rank
+    assert sum(room(shared, n) for n in "abc") == sum(room(plans, n) for n in "abc")
+
+
 @pytest.mark.parametrize("choose_ranks", [False, True])
 @pytest.mark.parametrize("value_bits", [8, 4])
 def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_dense(value_bits, choose_ranks):
