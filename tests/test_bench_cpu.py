@@ -18,6 +18,10 @@ ERRORS = {
     ("sslc", "int8"): 1e-2,
     ("sslc", "int4"): 0.15,
     ("openvino", "f32"): 1e-5,
+    ("ggml", "f32"): 1e-6,
+    ("ggml", "bf16"): 4e-3,
+    ("ggml", "int8"): 2e-2,
+    ("ggml", "int4"): 0.2,
 }
 ERRORS |= {("onnxruntime", "f32"): 1e-6, ("onnxruntime", "int8"): 5e-2, ("onnxruntime", "int4"): 0.2}
 
@@ -50,8 +54,9 @@ def test_every_engine_computes_the_layer_and_has_a_record(bench, tmp_path, capsy
         ("torch", "bf16"),
     }
     expected |= {("onnxruntime", values) for values in ("f32", "int8", "int4")}
-    if importlib.util.find_spec("openvino"):
-        expected |= {("openvino", values) for values in ("f32", "bf16", "int8", "int4")}
+    for peer in ("openvino", "ggml"):
+        if importlib.util.find_spec(peer):
+            expected |= {(peer, values) for values in ("f32", "bf16", "int8", "int4")}
     assert {(engine, values) for engine, values, _ in there} == expected
     for record in records:
         limit = ERRORS.get((record["engine"], record["values"]))

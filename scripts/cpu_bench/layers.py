@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from cpu_bench import onnx_runtime, peers
+from cpu_bench import ggml_cpu, onnx_runtime, peers
 from cpu_bench.contender import Contender
 from cpu_bench.layer import Layer, Shape
 from cpu_bench.timing import turns
@@ -121,10 +121,15 @@ def _contenders(
     yield peers.torch_dense(layer, threads, "f32")
     yield peers.torch_dense(layer, threads, "bf16")
     yield peers.torch_csr(layer, threads)
+    classes = ("f32", "bf16", "int8", "int4")
     if importlib.util.find_spec("openvino") is None:
         note("OpenVINO is left out: it is not installed (pip install openvino)")
-        return
-    yield from map(partial(peers.openvino, layer, threads), ("f32", "bf16", "int8", "int4"))
+    else:
+        yield from map(partial(peers.openvino, layer, threads), classes)
+    if importlib.util.find_spec("ggml") is None:
+        note("ggml is left out: it is not installed (scripts/cpu_bench/ggml_cpu.py says how)")
+    else:
+        yield from map(partial(ggml_cpu.ggml_dense, layer, threads), classes)
 
 
 def _measure(layer: Layer, contenders: Sequence[Contender], m: int, threads: int, rounds: int) -> list[Record]:

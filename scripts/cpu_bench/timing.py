@@ -13,7 +13,7 @@ from plugins_ort import library
 
 _AREA_BYTES = 256 << 20
 _PASSES = 3  # over that area in each round, of which the best counts
-_REST = 0.002  # seconds before each run, in which idle threads of the last one go to sleep
+_REST = 0.02  # seconds before each run: idle OpenMP threads (PyTorch, ggml) look for work for 8 ms before they sleep
 
 
 @dataclass(frozen=True)
