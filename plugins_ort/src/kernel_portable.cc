@@ -152,7 +152,7 @@ using F32 = Type<4>;
 using Bf16 = Type<2>;
 
 constexpr int kFewGroup = 4;
-constexpr bool kBytePlanes = false;
+constexpr bool kBytePlanes = false, kUnpackRuns = false;
 constexpr int kTileColumns = 32;
 constexpr int kChains = 1;
 constexpr int tile_rows(int) { return 2; }
