@@ -181,6 +181,12 @@ EMULATED void _mm512_store_si512(void* p, __m512i v) {
   emulated::must_be_aligned(p);
   std::memcpy(p, &v, sizeof v);
 }
+EMULATED __m512i _mm512_add_epi8(__m512i a, __m512i b) {
+  auto sums = emulated::as<emulated::Array<uint8_t, 64>>(a);
+  const auto more = emulated::as<emulated::Array<uint8_t, 64>>(b);
+  for (int i = 0; i < 64; ++i) sums.at[i] = static_cast<uint8_t>(sums.at[i] + more.at[i]);
+  return emulated::as<__m512i>(sums);
+}
 EMULATED __m512i _mm512_add_epi32(__m512i a, __m512i b) {
   const auto lanes = emulated::as<emulated::Array<uint32_t, 16>>(b);
   int i = 0;
@@ -230,6 +236,13 @@ EMULATED __m512i _mm512_mask_expand_epi16(__m512i otherwise, __mmask32 mask, __m
 }
 EMULATED __m512i _mm512_mask_expand_epi32(__m512i otherwise, __mmask16 mask, __m512i values) {
   return emulated::expand<uint32_t>(otherwise, mask, values);
+}
+EMULATED __m512i _mm512_maskz_compress_epi8(__mmask64 mask, __m512i values) {
+  const auto from = emulated::as<emulated::Array<uint8_t, 64>>(values);
+  emulated::Array<uint8_t, 64> to = {};
+  for (int i = 0, next = 0; i < 64; ++i)
+    if (mask >> i & 1) to.at[next++] = from.at[i];
+  return emulated::as<__m512i>(to);
 }
 // Sums wrap around.
 EMULATED __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {

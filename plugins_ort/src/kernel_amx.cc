@@ -20,6 +20,6 @@ namespace {
 
 }  // namespace
 
-extern const Kernels kAmx = with_tiles(kernels_named("amx", 24, 13), 6);
+extern const Kernels kAmx = with_tiles(kernels_named("amx", 15, 13), 6);
 
 }  // namespace sslc

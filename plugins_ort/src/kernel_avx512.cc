@@ -21,6 +21,6 @@ constexpr Kernels with_quads(Kernels kernels) {
 
 }  // namespace
 
-extern const Kernels kAvx512 = with_quads(kernels_named("avx512", 24, 13));
+extern const Kernels kAvx512 = with_quads(kernels_named("avx512", 15, 13));
 
 }  // namespace sslc
