@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,9 +122,13 @@ def perplexity_ratio(compressed: Perplexity, dense: Perplexity) -> PerplexityRat
             allowed="the same chunks of token ids for both",
             do="Check that both models use the same tokenizer",
         )
-    differences = np.subtract(compressed.chunk_nll, dense.chunk_nll)
-    mean = float(differences.mean())
-    ratio = _exp(mean)
+    return paired_ratio(compressed.chunk_nll, dense.chunk_nll)
+
+
+def paired_ratio(nll: Sequence[float], base: Sequence[float]) -> PerplexityRatio:
+    """The ratio of two perplexities from the mean negative log-likelihoods of the same chunks."""
+    differences = np.subtract(nll, base)
+    ratio = _exp(float(differences.mean()))
     return PerplexityRatio(ratio, ratio * _standard_error(differences))
 
 
