@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where engines of --model are kept")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt, with --model")
     parser.add_argument("--show", type=Path, nargs="+", help="measure nothing: show these --json files of earlier runs")
-    parser.add_argument("--json", type=Path, help="write the records here, as a list")
+    parser.add_argument("--json", type=Path, help="write the records here, as a list, as they come")
     parser.add_argument("--plot", type=Path, help="write a plot here (needs matplotlib)")
     options = parser.parse_args(argv)
     if options.show:
@@ -76,25 +76,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     began = time.monotonic()
     print(f"{show.processor()}; {os.cpu_count()} cores; onnxruntime {onnxruntime.__version__}; {rounds} rounds")
-    records = []
+    about = {"processor": show.processor(), "onnxruntime": onnxruntime.__version__, "rounds": rounds}
+    measured: Iterable[Sequence[Record | ModelRecord]]
     if options.model:
         built = build_models(options.model, options.work / options.model.name, options.values, _note)
         measured = bench_model(options.model.name, built, options.prefill, options.threads, rounds)
-        for some in measured:
-            records += some
-            print(show.lines(some), flush=True)
     else:
         tokens = options.tokens or ([1, 16, 128] if options.quick else layers.TOKENS)
-        for rows in layers.bench_layers(
+        measured = layers.bench_layers(
             shapes, tokens, options.threads, rounds, options.values, options.kernels, not options.alone, _note
-        ):
-            records += rows
-            print(show.lines(rows), flush=True)
+        )
+    records = []
+    for some in measured:
+        records += some
+        print(show.lines(some), flush=True)
+        if options.json:  # as they come: an interrupted run keeps what it has measured
+            rows = [asdict(record) | about for record in records]
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"\n{show.markdown(records)}\n\n{time.monotonic() - began:.0f} s")
-    if options.json:
-        about = {"processor": show.processor(), "onnxruntime": onnxruntime.__version__, "rounds": rounds}
-        rows_json = [asdict(record) | about for record in records]
-        options.json.write_text(json.dumps(rows_json, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         show.plot(records, options.plot)
 

@@ -65,10 +65,61 @@ def _column(row: Record | ModelRecord) -> str:
 
 
 def plot(records: Sequence[Record | ModelRecord], path: Path) -> None:
-    """Bars of ratios, a panel for each column of the table."""
+    """Ratios: of layers lines over the tokens, a panel for each class of values and layer; of a model bars."""
     import matplotlib as mpl
 
     mpl.use("Agg")
+    from matplotlib import pyplot
+
+    layers = [row for row in records if isinstance(row, Record)]
+    figure = _layer_lines(layers) if layers else _bars(records)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _layer_lines(records: Sequence[Record]) -> Any:
+    from matplotlib import pyplot
+
+    places = list(dict.fromkeys((row.n, row.k, row.threads) for row in records))
+    classes = list(dict.fromkeys(row.values for row in records))
+    tokens = sorted({row.m for row in records})
+    peers = [engine for engine in dict.fromkeys(row.engine for row in records) if engine != "sslc"]
+    colours = {"sslc": "#d1495b"} | dict(zip(peers, ("C0", "C2", "C1", "C4"), strict=False))
+    size = (2.9 * len(places) + 1.8, 2.3 * len(classes) + 0.4)
+    figure, axes = pyplot.subplots(len(classes), len(places), figsize=size, squeeze=False, sharex=True, sharey="row")
+    for row_of_axes, values in zip(axes, classes, strict=True):
+        engines = list(dict.fromkeys((row.engine, row.how) for row in records if row.values == values))
+        for axis, place in zip(row_of_axes, places, strict=True):
+            for engine, how in engines:
+                here = [r for r in records if (r.engine, r.how, r.values) == (engine, how, values)]
+                points = sorted((r.m, r.ratio) for r in here if (r.n, r.k, r.threads) == place)
+                nth = [other for name, other in engines if name == engine].index(how)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    ("-", "--", ":", "-.")[nth % 4],
+                    color=colours[engine],
+                    linewidth=2 if engine == "sslc" else 1,
+                    marker="o",
+                    markersize=3,
+                    label=f"{engine}: {how}",
+                )
+            axis.set(xscale="log", yscale="log")
+            axis.set_title(f"{values}, {place[0]}×{place[1]}, {place[2]}T", fontsize=8)
+            axis.axhline(1, color="black", linewidth=0.6)
+            axis.set_xticks(tokens, list(map(str, tokens)))
+            axis.set_xticks([], minor=True)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(labelsize=6, which="both")
+            axis.grid(alpha=0.3)
+        row_of_axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.supxlabel("tokens", fontsize=8)
+    figure.supylabel("times as fast as dense f32", fontsize=8)
+    return figure
+
+
+def _bars(records: Sequence[Record | ModelRecord]) -> Any:
     from matplotlib import pyplot
 
     columns = list(dict.fromkeys(map(_column, records)))
@@ -89,6 +140,4 @@ def plot(records: Sequence[Record | ModelRecord], path: Path) -> None:
         axis.margins(x=0.12)
     for axis in list(axes.flat)[len(columns) :]:
         axis.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return figure
