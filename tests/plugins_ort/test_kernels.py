@@ -174,12 +174,14 @@ def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: str, M: int) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_depends_on_its_neighbours_only_where_the_algorithm_changes(kernel: str, dtype: str) -> None:
-    # One algorithm for one token, one for few, two for many: the result changes at most where the next one begins.
+    # One algorithm for one token, one for few, one for many, where floats on AVX-512 have another for up to 32: the
+    # result changes at most where the next one begins.
+    narrow_tiles = (dtype == "f32" and kernel.startswith(("avx512", "amx"))) or (kernel, dtype) == ("avx512", "bf16")
     with native(random_layer(70, 320, 33, 0.5, dtype), kernel) as run:
         x = inputs(130, 320)
         results = [run(x[:M])[0].tobytes() for M in range(1, 131)]
     changes = sum(a != b for a, b in pairwise(results))
-    assert changes <= 3
+    assert changes <= 2 + narrow_tiles
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
