@@ -5,6 +5,7 @@ r"""Bytes against perplexity: every method at the same budgets, beside ONNX Runt
         --held-out wiki=wiki.heldout.txt --held-out speeches=speeches.heldout.txt --json quality.json --plot quality.png
     python scripts/bench_quality.py ... --quick                one budget, few methods, few tokens
     python scripts/bench_quality.py ... --methods default --set allocation=owl --set mask_rule=2:4     more rows
+    python scripts/bench_quality.py --show quality.json --plot quality.png             table and plot of earlier runs
 
 `default` is what sslc-compress does when nothing is chosen. The other methods run as published: the same budget for
 every layer. All see the same calibration text. Perplexity ratios, over the dense model's and over the default's, are
@@ -49,6 +50,17 @@ RANK_SHARES = {
 QUICK_METHODS = ("default", "magnitude", "wanda", "alps")
 BITS = (8, 4, 2)  # what its quantizer takes (1.31): there is no 3
 QUANTIZED_BLOCK = 32  # weights that share a scale; ONNX Runtime's usual choice
+
+# Of the plot:
+MOST_SHOWN = 3.2  # perplexity over dense
+LABELS_APART = 1.03  # the least factor between two labels
+FAMILIES = {
+    "default": "C1o-",
+    "default, with options": "C1^",
+    "published": "C0s",
+    "dense, fewer bits (ONNX Runtime)": "kD",
+}
+THIN = {"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.6}
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,18 @@ class Record:
 def main() -> int:
     """Measures what is missing, prints the table, writes the plot."""
     arguments = _arguments()
-    done = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
+    path = arguments.show or arguments.json
+    done = json.loads(path.read_text()) if path and path.is_file() else []
+    if not arguments.show:
+        _extend(done, arguments)
+    print("\n" + "\n".join(_table(done)))
+    if arguments.plot:
+        _plot(done, arguments.plot)
+    return 0
+
+
+def _extend(done: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Adds the records that are missing, to the list and to the file."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         known = {(r["method"], r["budget"], r["budget_in"], r["text"]) for r in done}
         for record in _measure(arguments, Path(folder), known):
@@ -103,10 +126,6 @@ def main() -> int:
             print(_line(done[-1]), flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps(done, indent=1) + "\n")
-    print("\n" + "\n".join(_table(done)))
-    if arguments.plot:
-        _plot(done, arguments.plot)
-    return 0
 
 
 def _measure(arguments: argparse.Namespace, folder: Path, known: set[tuple[str, float, str, str]]) -> Iterator[Record]:
@@ -290,31 +309,53 @@ def _table(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Bytes against perplexity, both over dense float32, a panel for each text. What is far off is only named."""
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    texts = sorted({r["text"] for r in records})
-    figure, axes = pyplot.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False)
+    texts, dense = sorted({r["text"] for r in records}), max(r["dense_bytes"] for r in records)
+    figure, axes = pyplot.subplots(1, len(texts), figsize=(5.5 * len(texts), 6), squeeze=False)
     for axis, text in zip(axes[0], texts, strict=True):
-        for method in dict.fromkeys(r["method"] for r in records):
-            rows = sorted((r["bytes"] / 1e6, r["ratio"]) for r in records if (r["method"], r["text"]) == (method, text))
-            axis.plot(*zip(*rows, strict=True), "o-", label=method, linewidth=3 if method == "default" else 1)
-        axis.set(title=text, xlabel="MB of the linear layers", ylabel="perplexity over dense", yscale="log")
+        rows = [r for r in records if r["text"] == text]
+        shown = [r for r in rows if r["ratio"] <= MOST_SHOWN]
+        for family, style in FAMILIES.items():
+            points = sorted((r["bytes"] / dense, r["ratio"]) for r in shown if _family(r["method"]) == family)
+            axis.plot([x for x, _ in points], [y for _, y in points], style, markersize=5, label=family)
+        axis.set(xlim=(0, 1), xlabel="share of the bytes of the float32 model's layers", ylim=(0.98, MOST_SHOWN))
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.FixedLocator([1, 1.1, 1.2, 1.3, 1.5, 2, 2.5]))
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+        lowest = 0.0
+        for r in sorted(shown, key=lambda r: r["ratio"]):  # labels one above the other, each at its point or higher
+            lowest = max(lowest * LABELS_APART, r["ratio"])
+            at, label = r["bytes"] / dense, r["method"].removeprefix("default ")
+            label += f", {r['budget']:g} of {r['budget_in']}" if r["method"] == "default" else ""
+            axis.annotate(label, (at, r["ratio"]), (at + 0.03, lowest), fontsize=7, va="center", arrowprops=THIN)
+        beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
+        axis.set_title(f"{text}\nbeyond {MOST_SHOWN:g}: {beyond}" if beyond else text, fontsize=9)
+    axes[0][0].set_ylabel("perplexity over the dense model's")
+    axes[0][0].legend(loc="upper left", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
+
+
+def _family(method: str) -> str:
+    if method.startswith("ort_"):
+        return "dense, fewer bits (ONNX Runtime)"
+    return method if method == "default" else "default, with options" if method.startswith("default ") else "published"
 
 
 def _arguments() -> argparse.Namespace:
     from compress.options import METHODS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="dense Hugging Face folder")
-    parser.add_argument("--calibration", action="append", required=True, help="text to calibrate on; repeat")
-    parser.add_argument("--held-out", action="append", required=True, metavar="NAME=FILE", help="repeat")
+    parser.add_argument("--model", type=Path, help="dense Hugging Face folder")
+    parser.add_argument("--calibration", action="append", default=[], help="text to calibrate on; repeat")
+    parser.add_argument("--held-out", action="append", default=[], metavar="NAME=FILE", help="repeat")
     parser.add_argument("--methods", nargs="+", choices=["default", *METHODS], help="default: all")
     parser.add_argument("--budgets", nargs="+", type=float, help="default: 0.7 0.6 0.5 0.4")
     parser.add_argument("--budget-in", nargs="+", choices=["params", "bytes"], default=["params"])
@@ -329,10 +370,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="of each held-out text")
     parser.add_argument("--folder", type=Path, help="for temporary files, some 2 GB for SmolLM2")
     parser.add_argument("--json", type=Path, help="records; what is in it is not measured again")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="only show these records")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--ort-bits", nargs="*", type=int, choices=BITS, help="of ONNX Runtime's quantization")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
+    if not arguments.show and not (arguments.model and arguments.calibration and arguments.held_out):
+        parser.error("--model, --calibration and --held-out are needed, or --show")
     arguments.methods = arguments.methods or (QUICK_METHODS if arguments.quick else ("default", *METHODS))
     arguments.budgets = arguments.budgets or ([0.5] if arguments.quick else [0.7, 0.6, 0.5, 0.4])
     if arguments.ort_bits is None:

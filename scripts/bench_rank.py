@@ -12,6 +12,10 @@ joint     S and U·V in one ADMM, as the default does
 turns     S and U·V by HASSLE-free: each for the other, in two turns
 tuned     S keeps the entries of W that Wanda chooses, as they are; U·V alone is fitted, exactly: what tuning of U and V
           alone, with S frozen, can reach for one layer. With a share of 0 this is Wanda
+hadamard  like joint, but with inputs rotated in blocks of 64: W·Q and Qᵀ·x. Q has a Hadamard matrix and random signs in
+          each block, which take no bytes
+eigen     the same with the eigenvectors of each block of WᵀW: Q is stored in bfloat16, in place of as many values as
+          take its bytes
 
 A synthetic layer has the singular values of the first model's layer of the same kind and the eigenvalues of its inputs'
 Gram matrix, stretched to another width, and random directions: a stand-in for a wider model, no more. Records are
@@ -38,8 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packag
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5)
 RULES = ("free", "32:64", "8:16", "2:4")
-WAYS = ("joint", "turns", "tuned")
+WAYS = ("joint", "turns", "tuned", "hadamard", "eigen")
 LENGTH = 512
+ROTATED = 64  # columns that are rotated together
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Record:
         budget: (nnz + r(N + K)) / NK.
         share: Of the budget that went to U·V.
         rank: r.
-        way: "joint", "turns" or "tuned".
+        way: One of WAYS.
         error: ‖(W − S − UV)X‖/‖WX‖ on inputs that were not solved on.
     """
 
@@ -191,21 +196,39 @@ def _measure(layer: Layer, arguments: argparse.Namespace, seen: set[tuple[Any, .
             room = math.floor(budget * N * K)
             for share in arguments.shares:
                 rank = math.floor(share * room / (N + K))
-                nnz = room - rank * (N + K)
-                if (rule and nnz > rule.most(N, K)) or (share and not rank):
+                if share and not rank:
                     continue
                 for way in arguments.ways:
+                    nnz = room - rank * (N + K) - (K * ROTATED // 2 if way == "eigen" else 0)
+                    if nnz < 0 or (rule and nnz > rule.most(N, K)):
+                        continue
                     record = Record(layer.model, layer.name, N, K, text, budget, share, rank, way, 0.0)
                     if _key(asdict(record)) in seen:
                         continue
                     torch.manual_seed(0)  # of the randomized SVD
-                    if way != "tuned":
-                        _, S, U, V = (joint if way == "joint" else hassle_free).solve(W, H, nnz, rank, rule)
-                    else:
+                    if way == "tuned":
                         S = wanda.solve(W, H, nnz, 0, rule).S
                         U, V = whitened_low_rank(W - S, root, rank)
+                    else:
+                        Q = _rotation(W, way)
+                        found = (hassle_free if way == "turns" else joint).solve(W @ Q, Q.T @ H @ Q, nnz, rank, rule)
+                        S, U, V = found.S @ Q.T, found.U, found.V @ Q.T
                     error = float((layer.held_out @ (W - S - U @ V).T).norm()) / dense
                     yield Record(layer.model, layer.name, N, K, text, budget, share, rank, way, error)
+
+
+def _rotation(W: Tensor, way: str) -> Tensor:
+    """Q [K, K], orthogonal and block-diagonal; the identity where nothing is rotated."""
+    K = W.shape[1]
+    if way == "hadamard":
+        size, block = min(ROTATED, K & -K), torch.ones(1, 1)
+        while len(block) < size:
+            block = torch.kron(block, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        signs = torch.randint(2, (K, 1)) * 2 - 1
+        return signs * torch.block_diag(*[block / size**0.5] * (K // size))
+    if way == "eigen":
+        return torch.block_diag(*[torch.linalg.eigh(part.T @ part)[1] for part in W.split(ROTATED, dim=1)])
+    return torch.eye(K)
 
 
 def _groups(records: list[dict[str, Any]]) -> dict[tuple[str, str, float, str], dict[float, float]]:
@@ -214,7 +237,7 @@ def _groups(records: list[dict[str, Any]]) -> dict[tuple[str, str, float, str], 
     for r in records:
         model = f"{r['model']}, {min(r['N'], r['K'])}" if r["model"] == "synthetic" else r["model"]
         group = logs.setdefault((model, r["rule"], r["budget"], r["way"]), {})
-        group.setdefault(r["share"], []).append(math.log(r["error"]))
+        group.setdefault(r["share"], []).append(math.log(max(r["error"], sys.float_info.min)))
     full = {key: max(len(errors) for errors in group.values()) for key, group in logs.items()}
     return {
         key: {s: math.exp(sum(e) / len(e)) for s, e in sorted(group.items()) if len(e) == full[key]}
@@ -249,7 +272,7 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
     colours = {rule: f"C{index}" for index, rule in enumerate(dict.fromkeys(key[1] for key in groups))}
     for (model, rule, budget, way), errors in groups.items():
         axis = axes[budgets.index(budget)][models.index(model)]
-        style = {"joint": "o-", "turns": "^-.", "tuned": "s--"}[way]
+        style = dict(zip(WAYS, ("o-", "^-.", "s--", "v:", "x:"), strict=True))[way]
         relative = [error / errors[0.0] for error in errors.values()] if 0.0 in errors else []
         axis.plot(
             list(errors)[: len(relative)], relative, style, color=colours[rule], label=f"{rule}, {way}", markersize=3
