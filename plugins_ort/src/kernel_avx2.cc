@@ -13,6 +13,6 @@ namespace {
 
 }  // namespace
 
-extern const Kernels kAvx2 = kernels_named("avx2", 8, 10);
+extern const Kernels kAvx2 = kernels_named("avx2", 12, 10);
 
 }  // namespace sslc
