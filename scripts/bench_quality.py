@@ -329,16 +329,21 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
         axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.grid(alpha=0.3)
-        lowest = 0.0
+        lowest = {"left": 0.0, "right": 0.0}
         for r in sorted(shown, key=lambda r: r["ratio"]):  # labels one above the other, each at its point or higher
-            lowest = max(lowest * LABELS_APART, r["ratio"])
-            at, label = r["bytes"] / dense, r["method"].removeprefix("default ")
-            label += f", {r['budget']:g} of {r['budget_in']}" if r["method"] == "default" else ""
-            axis.annotate(label, (at, r["ratio"]), (at + 0.03, lowest), fontsize=7, va="center", arrowprops=THIN)
+            side = "left" if r["budget_in"] == "bytes" and not r["method"].startswith("ort_") else "right"
+            at, height = r["bytes"] / dense, max(lowest[side] * LABELS_APART, r["ratio"])
+            label = r["method"].removeprefix("default ")
+            if r["method"].startswith("default"):
+                label += f", {r['budget']:g}" + " of bytes" * (r["budget_in"] == "bytes")
+            beside = (at + (0.03 if side == "right" else -0.03), height)
+            aligned = {"va": "center", "ha": "left" if side == "right" else "right"}
+            axis.annotate(label, (at, r["ratio"]), beside, fontsize=7, arrowprops=THIN, **aligned)
+            lowest[side] = height
         beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
         axis.set_title(f"{text}\nbeyond {MOST_SHOWN:g}: {beyond}" if beyond else text, fontsize=9)
     axes[0][0].set_ylabel("perplexity over the dense model's")
-    axes[0][0].legend(loc="upper left", fontsize=8)
+    axes[0][-1].legend(loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
