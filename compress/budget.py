@@ -65,13 +65,18 @@ def parameters(N: int, K: int, nnz: int, rank: int) -> int:
     return nnz + rank * (N + K)
 
 
+def kept_dense_bytes(N: int, K: int, value_bits: int, bias_bytes: int = 0) -> int:
+    """Bytes of a layer that stays dense: of 16 bits at the least, whatever the values of others are."""
+    return dense_bytes(N, K, max(value_bits, 16), bias_bytes)
+
+
 def most_values(N: int, K: int, value_bits: int) -> int:
-    """Values that a layer can hold, in S, U and V together, and still take fewer bytes than dense."""
-    return 8 * (dense_bytes(N, K, value_bits) - fixed_bytes(N, K, value_bits) - 1) // value_bits
+    """Values that a layer can hold, in S, U and V together, and still take fewer bytes than if it stayed dense."""
+    return 8 * (kept_dense_bytes(N, K, value_bits) - fixed_bytes(N, K, value_bits) - 1) // value_bits
 
 
 def most_rank(N: int, K: int, room: int, value_bits: int, factor_cost: int) -> int:
-    """The largest rank with which a layer still takes fewer bytes than dense.
+    """The largest rank with which a layer still takes fewer bytes than if it stayed dense.
 
     Args:
         N: Outputs.
@@ -115,8 +120,7 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
     if rank * direction > room:
         return LayerPlan(dense_reason=f"rank {rank} takes {rank * direction} values, more than the budget's {room}")
     nnz = min(room - rank * direction, N * K)
-    # A dense layer is kept in 16 bits at the least, whatever the values of others are.
-    if stored_bytes(N, K, nnz, rank, value_bits, bias_bytes) >= dense_bytes(N, K, max(value_bits, 16), bias_bytes):
+    if stored_bytes(N, K, nnz, rank, value_bits, bias_bytes) >= kept_dense_bytes(N, K, value_bits, bias_bytes):
         return LayerPlan(dense_reason="compressed, it would take no fewer bytes than dense")
     return LayerPlan(rank, nnz)
 

@@ -8,7 +8,7 @@ from compress.allocation.farms import hill, tail_exponent
 from compress.allocation.knapsack import Option, lower_hull
 from compress.allocation.problem import SLACK, Problem
 from compress.allocation.ranks import paying_rank
-from compress.budget import LayerPlan, parameters, plan_layer, stored_bytes
+from compress.budget import LayerPlan, factor_cost, kept_dense_bytes, parameters, plan_layer, stored_bytes
 from compress.importance import Importance
 from compress.options import CompressOptions
 from compress.rules import MaskRule
@@ -93,7 +93,7 @@ def test_what_the_mask_rule_leaves_no_place_for_goes_to_the_factors():
 
 @pytest.mark.parametrize("choose_ranks", [False, True])
 @pytest.mark.parametrize("value_bits", [8, 4])
-def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_dense(value_bits, choose_ranks):
+def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_if_it_stayed_dense(value_bits, choose_ranks):
     shapes = dict.fromkeys("ab", (512, 640))
     g = torch.Generator().manual_seed(0)
     # Almost nothing but a few directions: a rank pays.
@@ -106,8 +106,25 @@ def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_de
     shared = allocate("fisher", problem)
     assert max(plan.rank for plan in shared.values()) > 0
     for name, plan in shared.items():
-        assert stored_bytes(*shapes[name], plan.nnz, plan.rank, value_bits) < 512 * 640 * value_bits / 8
+        assert stored_bytes(*shapes[name], plan.nnz, plan.rank, value_bits) < kept_dense_bytes(*shapes[name], value_bits)
     assert sum(p.nnz + p.rank * 1152 for p in shared.values()) == sum(p.nnz + p.rank * 1152 for p in plans.values())
+
+
+@pytest.mark.parametrize("budget_in", ["params", "bytes"])
+def test_int4_values_leave_room_to_move_at_budgets_of_which_dense_int4_would_leave_none(budget_in):
+    shapes = dict.fromkeys("ab", (512, 640))
+    options = CompressOptions(budget=0.7 if budget_in == "params" else 1.0, budget_in=budget_in, values_dtype="int4")
+    plans = {name: plan_layer(*shape, options) for name, shape in shapes.items()}
+    g = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    importance = {name: Importance(torch.full((512,), f), torch.ones(640)) for name, f in (("a", 4.0), ("b", 1.0))}
+    blocks = dict.fromkeys(shapes, "block")
+    cost = factor_cost(options)
+    shared = allocate(
+        "fisher", Problem(plans, shapes, blocks, weights.__getitem__, importance, 4, True, factor_cost=cost)
+    )
+    assert shared["a"].nnz > 1.1 * plans["a"].nnz > 1.1 * shared["b"].nnz
+    assert sum(p.nnz for p in shared.values()) == sum(p.nnz for p in plans.values())
 
 
 def test_equal_layers_keep_about_the_same():
