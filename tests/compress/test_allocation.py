@@ -93,7 +93,9 @@ def test_what_the_mask_rule_leaves_no_place_for_goes_to_the_factors():
 
 @pytest.mark.parametrize("choose_ranks", [False, True])
 @pytest.mark.parametrize("value_bits", [8, 4])
-def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_if_it_stayed_dense(value_bits, choose_ranks):
+def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_if_it_stayed_dense(
+    value_bits, choose_ranks
+):
     shapes = dict.fromkeys("ab", (512, 640))
     g = torch.Generator().manual_seed(0)
     # Almost nothing but a few directions: a rank pays.
@@ -106,7 +108,9 @@ def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_if
     shared = allocate("fisher", problem)
     assert max(plan.rank for plan in shared.values()) > 0
     for name, plan in shared.items():
-        assert stored_bytes(*shapes[name], plan.nnz, plan.rank, value_bits) < kept_dense_bytes(*shapes[name], value_bits)
+        assert stored_bytes(*shapes[name], plan.nnz, plan.rank, value_bits) < kept_dense_bytes(
+            *shapes[name], value_bits
+        )
     assert sum(p.nnz + p.rank * 1152 for p in shared.values()) == sum(p.nnz + p.rank * 1152 for p in plans.values())
 
 

@@ -6,6 +6,7 @@ from compress import refinement
 from compress.format import Checkpoint
 from compress.options import CompressOptions
 from compress.pipeline import compress_model
+from compress.trainable import fast_products, has_fast_products
 from sslc_common.errors import InputError
 from tests.compress.models import save_tiny
 
@@ -81,3 +82,21 @@ def test_the_error_is_weighted_by_fisher_information():
 def test_a_negative_number_of_passes_is_refused():
     with pytest.raises(InputError, match=r"refinement is negative.*-1"):
         CompressOptions(refinement=-1)
+
+
+@pytest.mark.parametrize(
+    ("processor", "faster"),
+    [
+        ({"cpu_name": "AMD Zen 5", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "AMD Zen 3", "avx512_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_products_are_in_bfloat16_where_the_processor_is_faster_at_them(monkeypatch, processor, faster):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    assert has_fast_products() == faster
+    assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    with fast_products():
+        assert torch.is_autocast_enabled("cpu") == faster
