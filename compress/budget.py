@@ -92,19 +92,20 @@ def most_rank(N: int, K: int, room: int, value_bits: int, factor_cost: int) -> i
     return max(0, min(N, K, spare // ((N + K) * more)))
 
 
-def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) -> LayerPlan:
+def plan_layer(N: int, K: int, options: CompressOptions, values_dtype: str, bias_bytes: int = 0) -> LayerPlan:
     """Splits a layer's budget between U·V and S.
 
     Args:
         N: Outputs.
         K: Inputs.
         options: The budget and how to spend it.
+        values_dtype: Type of the layer's values.
         bias_bytes: Of the layer's bias, 0 if it has none.
 
     Returns:
         A plan within the budget, or one that says why the layer stays dense.
     """
-    value_bits = VALUE_BITS[options.values_dtype]
+    value_bits = VALUE_BITS[values_dtype]
     dense = dense_bytes(N, K, value_bits, bias_bytes)
     if options.budget_in == "params":
         room = math.floor(options.budget * N * K)
@@ -115,7 +116,7 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
             dense_reason=f"a budget of {options.budget:g} leaves no room for values: "
             f"what says where they are takes {fixed_bytes(N, K, value_bits) / dense:.1%} of the dense bytes"
         )
-    direction = (N + K) * factor_cost(options)
+    direction = (N + K) * factor_cost(value_bits, options.budget_in)
     rank = _rank(N, K, room / direction, options) if METHODS[options.method].low_rank else 0
     if rank * direction > room:
         return LayerPlan(dense_reason=f"rank {rank} takes {rank * direction} values, more than the budget's {room}")
@@ -125,10 +126,9 @@ def plan_layer(N: int, K: int, options: CompressOptions, bias_bytes: int = 0) ->
     return LayerPlan(rank, nnz)
 
 
-def factor_cost(options: CompressOptions) -> int:
+def factor_cost(value_bits: int, budget_in: str) -> int:
     """How many values of S a number of U or V displaces: 1, or with a budget in bytes 2 for int8 and 4 for int4."""
-    value_bits = VALUE_BITS[options.values_dtype]
-    return factor_bits(value_bits) // value_bits if options.budget_in == "bytes" else 1
+    return factor_bits(value_bits) // value_bits if budget_in == "bytes" else 1
 
 
 def _rank(N: int, K: int, most: float, options: CompressOptions) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,6 +66,8 @@ class CompressOptions:
             ways, one file each in `compress.allocation`; "knapsack", "cap" and "cap_reinforce" choose ranks, too.
         values_dtype: Type of values, U and V: "f32" or "bf16"; or "int8" or "int4" for the values, with one float16
             scale per row and 64 columns, and bfloat16 for U and V.
+        values_of: "PATTERN=TYPE", the type of values of the layers whose names match (`*.mlp.down_proj=bf16`, fnmatch),
+            instead of `values_dtype`; the first that matches holds. Layers of a type share their budget among them.
         head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for
             one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
         rank_share: Share of the room for values that goes to U and V. None for 0.15 with the method "joint" (0.25 with
@@ -96,6 +99,7 @@ class CompressOptions:
     budget_in: str = "bytes"
     allocation: str = "fisher"
     values_dtype: str = "f32"
+    values_of: tuple[str, ...] = ()
     head: str = "keep"
     rank_share: float | None = None
     rank: int | None = None
@@ -116,6 +120,14 @@ class CompressOptions:
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
         _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BITS)
+        for text in self.values_of:
+            if text.rpartition("=")[2] not in VALUE_BITS or not text.rpartition("=")[0]:
+                raise InputError(
+                    "The type of some layers' values is not PATTERN=TYPE",
+                    got=repr(text),
+                    allowed=f"a pattern for names of layers, = and one of {_names(VALUE_BITS)}",
+                    do="*.mlp.down_proj=bf16 keeps the values of these layers in bfloat16",
+                )
         _one_of("Treatment of the head", self.head, HEADS)
         _one_of("What is tuned", self.tuning_of, TUNED)
         parse_rule(self.mask_rule)
@@ -130,9 +142,9 @@ class CompressOptions:
                 allowed="rank 0",
                 do=f"Leave the rank out, or choose {_names(m for m, t in METHODS.items() if t.low_rank)}",
             )
-        if self.values_dtype in QUANTIZED and self.tuning_minutes:
+        if (rounded := sorted(self.values_dtypes & set(QUANTIZED))) and self.tuning_minutes:
             raise InputError(
-                f"Models with {self.values_dtype} values cannot be tuned yet",
+                f"Models with {' and '.join(rounded)} values cannot be tuned yet",
                 got=f"{self.tuning_minutes:g} tuning minutes",
                 allowed="0",
                 do="Leave the tuning out, or store the values as bf16",
@@ -151,6 +163,16 @@ class CompressOptions:
             )
 
     @property
+    def values_dtypes(self) -> set[str]:
+        """All types of values that layers may have."""
+        return {self.values_dtype, *(text.rpartition("=")[2] for text in self.values_of)}
+
+    def values_dtype_of(self, layer: str) -> str:
+        """The type of the values of the layer of this full name."""
+        of = (text.rpartition("=") for text in self.values_of)
+        return next((dtype for pattern, _, dtype in of if fnmatch.fnmatchcase(layer, pattern)), self.values_dtype)
+
+    @property
     def share(self) -> float | None:
         """The rank share that holds; None where ranks are free."""
         if self.rank_share is None and self.method == "joint" and self.allocation not in JOINT_ALLOCATIONS:
@@ -164,7 +186,7 @@ class CompressOptions:
         The calibration text is not among them: its tokens' fingerprint stands for it.
         """
         chosen = {key: value for key, value in asdict(self).items() if key not in ("calibration", "overwrite")}
-        return chosen | {"exclude": list(self.exclude)}  # as JSON reads it back
+        return chosen | {"exclude": list(self.exclude), "values_of": list(self.values_of)}  # as JSON reads it back
 
 
 def parse_budget(value: object) -> float:

@@ -27,22 +27,25 @@ def plan_model(source: Source, options: CompressOptions) -> dict[str, LayerPlan]
     """A plan for every linear layer of the decoder blocks, by full name: the same share for each.
 
     Raises:
-        InputError: a pattern of `options.exclude` matches no layer.
+        InputError: a pattern of `options.exclude` or `options.values_of` matches no layer.
     """
     plans: dict[str, LayerPlan] = {}
-    unmatched = set(options.exclude)
+    of_values = {text.rpartition("=")[0] for text in options.values_of}
+    unmatched = of_values | set(options.exclude)
     for block in source.blocks:
         for layer, linear in linears(source.model.get_submodule(block)).items():
             name = f"{block}.{layer}"
             patterns = [pattern for pattern in options.exclude if fnmatch.fnmatchcase(name, pattern)]
-            unmatched -= set(patterns)
+            unmatched -= {*patterns, *(pattern for pattern in of_values if fnmatch.fnmatchcase(name, pattern))}
             if patterns:
                 plans[name] = LayerPlan(dense_reason=f"excluded by {patterns[0]}")
             else:
-                plans[name] = plan_layer(*linear_shape(linear), options, _bias_bytes(source, name))
+                plans[name] = plan_layer(
+                    *linear_shape(linear), options, options.values_dtype_of(name), _bias_bytes(source, name)
+                )
     if unmatched:
         raise InputError(
-            "A pattern of layers to exclude matches none",
+            "A pattern of layers matches none",
             got=", ".join(sorted(unmatched)),
             allowed=f"patterns for names such as {next(iter(plans))}",
         )
@@ -75,7 +78,10 @@ def share_out(
     if path.is_file():
         return {name: LayerPlan(**plan) for name, plan in json.loads(path.read_bytes()).items()}
     if options.allocation != "uniform" and (importance or options.allocation != "fisher"):
-        plans = allocate(options.allocation, _problem(source, plans, importance, options, tokens, progress))
+        for dtype in sorted(options.values_dtypes):  # one by one: a value takes other bytes in each
+            of_type = {name: plan for name, plan in plans.items() if options.values_dtype_of(name) == dtype}
+            problem = _problem(source, of_type, dtype, importance, options, tokens, progress)
+            plans |= allocate(options.allocation, problem)
     write_json(path, {name: asdict(plan) for name, plan in plans.items()})
     return plans
 
@@ -83,6 +89,7 @@ def share_out(
 def _problem(
     source: Source,
     plans: dict[str, LayerPlan],
+    values_dtype: str,
     importance: dict[str, Importance],
     options: CompressOptions,
     tokens: Tensor | None,
@@ -99,10 +106,10 @@ def _problem(
         blocks={name: block for block in source.blocks for name in plans if name.startswith(f"{block}.")},
         weight=weight,
         importance=importance,
-        value_bits=VALUE_BITS[options.values_dtype],
+        value_bits=VALUE_BITS[values_dtype],
         choose_ranks=options.rank is None and options.share is None and METHODS[options.method].low_rank,
         rule=parse_rule(options.mask_rule),
-        factor_cost=factor_cost(options),
+        factor_cost=factor_cost(VALUE_BITS[values_dtype], options.budget_in),
         tokens=tokens,
         model=lambda: hf.load(source.checkpoint.folder, torch.float32),
         seed=options.seed,
@@ -117,7 +124,7 @@ def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressO
         if not plan.dense_reason:
             N, K = linear_shape(source.model.get_submodule(name))
             size -= source.ref(f"{name}.weight").length
-            size += stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[options.values_dtype])
+            size += stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[options.values_dtype_of(name)])
     return size
 
 

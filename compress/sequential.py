@@ -69,12 +69,13 @@ def compress_blocks(
             if dense is not None:
                 run(block, calls[index], dense)
             if unfinished:
+                rounding = not options.values_dtypes.isdisjoint(QUANTIZED)
                 inputs: dict[str, LayerInputs] = {}
                 if hidden is not None:
-                    gram = METHODS[options.method].calibrated or options.values_dtype in QUANTIZED
+                    gram = METHODS[options.method].calibrated or rounding
                     inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
                 solved = solve_block(block, name, stored, inputs, importance, plans, options)
-                if options.values_dtype not in QUANTIZED:  # nothing but rounding needs them any more
+                if not rounding:  # nothing else needs them any more
                     for seen in inputs.values():
                         seen.gram = None
                 if hidden is not None and dense is not None:

@@ -124,14 +124,15 @@ def store_block(
 
     Values that are quantized are rounded in the norm of the layer's inputs where these have Gram matrices.
     """
-    rows, value_bits = [], VALUE_BITS[options.values_dtype]
+    rows = []
     vectors = {tensor for tensor, value in stored.items() if value.ndim == 1}
     for layer, found in solved.items():
         full, plan = f"{name}.{layer}", found.plan
         bias = stored.get(f"{full}.bias")
         bias_bytes = 0 if bias is None else bias.numel() * bias.itemsize
         N, K = found.weight.shape
-        dense = budget.dense_bytes(N, K, value_bits, bias_bytes)
+        values_dtype = options.values_dtype_of(full)
+        dense = budget.dense_bytes(N, K, VALUE_BITS[values_dtype], bias_bytes)
         if plan.dense_reason:
             rows.append(LayerReport(full, N, K, 0, N * K, dense, dense, dense_reason=plan.dense_reason))
             continue
@@ -139,7 +140,7 @@ def store_block(
         began = time.perf_counter()
         gram = inputs[layer].gram if layer in inputs else None
         with _seeded(full, options):
-            compressed = _to_stored(block.get_submodule(layer), gram, found.row_scale, options.values_dtype)  # type: ignore[arg-type]
+            compressed = _to_stored(block.get_submodule(layer), gram, found.row_scale, values_dtype)  # type: ignore[arg-type]
         block.set_submodule(layer, compressed)
         names = ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",)))
         parts = {f"{full}.{part}": getattr(compressed, part) for part in names}

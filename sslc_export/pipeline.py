@@ -134,7 +134,7 @@ def _require_integer_values(source: Path, recipe: ExportRecipe) -> None:
 
     layers = Checkpoint.open(source).layers.values()
     stored = {layer.dtype for layer in layers}
-    if not stored & {"I8", "U8"} and (stored or recipe.values_dtype not in QUANTIZED):
+    if not stored & {"I8", "U8"} and (stored or _options(recipe).values_dtypes.isdisjoint(QUANTIZED)):
         raise InputError(
             "8-bit activations are for layers with int8 or int4 values",
             got=f"{', '.join(sorted(stored))} in {recipe.model}" if stored else f"--values-dtype {recipe.values_dtype}",
@@ -169,7 +169,7 @@ def _options(recipe: CompressRecipe) -> CompressOptions:
 
     fields = recipe.model_dump(include=set(CompressRecipe.model_fields))
     fields["calibration"] = tuple(fields["calibration"]) or (str(_CALIBRATION),)
-    fields["exclude"] = tuple(fields["exclude"])
+    fields |= {name: tuple(fields[name]) for name in ("exclude", "values_of")}
     return CompressOptions(**fields)
 
 

@@ -195,9 +195,10 @@ def predict_build(source: Path, options: CompressOptions, machine: Machine, *, c
         elif plan.dense_reason:
             parts.append(Part(name, N, K, 4 * N * K, reason=plan.dense_reason))
         else:
-            size = stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[options.values_dtype])
+            values_dtype = options.values_dtype_of(name)
+            size = stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[values_dtype])
             kept_share = parameters(N, K, plan.nnz, plan.rank) / (N * K)
-            parts.append(Part(name, N, K, size, options.values_dtype, kept_share))
+            parts.append(Part(name, N, K, size, values_dtype, kept_share))
     predicted = Prediction(tuple(parts), *_size(dense.model.config), machine)
     if compress_slower:
         return predicted

@@ -61,6 +61,11 @@ class CompressRecipe(_Recipe):
         description="type of the stored values, U and V; with int8 and int4 values, which have a scale per row and 64 "
         "columns, U and V are bf16",
     )
+    values_of: list[str] = Field(
+        default_factory=list,
+        description="type of the values of some layers, by a glob on their names, as in '*.mlp.down_proj=bf16'; may be "
+        "repeated, the first that matches holds; layers of a type share their budget among them",
+    )
     head: Literal["keep", "int8"] = Field(
         "keep",
         description="the output head and the embedding tied to it, often the largest matrix: as it is, or rounded to "

@@ -214,21 +214,20 @@ def _limits_of_values(limits: Limits, checkpoint: Path, kernel: str | None, int8
     from plugins_ort.library import ROUND_TO_BF16, ROUND_TO_BYTES
     from validate.limits import Limit
 
-    types = {layer.dtype for layer in Checkpoint.open(checkpoint).layers.values()}
+    types, found = {layer.dtype for layer in Checkpoint.open(checkpoint).layers.values()}, []
     if types & {"I8", "U8"} and int8_activations and kernel in ROUND_TO_BYTES:
-        limit = Limit(value=_INT8_TOLERANCE, reason="int8 activations were allowed")
+        found.append(Limit(value=_INT8_TOLERANCE, reason="int8 activations were allowed"))
     elif types & {"I8", "U8"}:
         reason = "the kernels for int8 and int4 values round activations to 16 bits"
-        limit = Limit(value=_QUANTIZED_TOLERANCE, reason=reason)
-    elif "BF16" in types and kernel in ROUND_TO_BF16:
-        limit = Limit(
-            value=_BF16_TOLERANCE,
-            reason=f"the kernel {kernel} rounds the activations of layers with bfloat16 values to bfloat16",
-        )
-    else:
+        found.append(Limit(value=_QUANTIZED_TOLERANCE, reason=reason))
+    if "BF16" in types and kernel in ROUND_TO_BF16:
+        reason = f"the kernel {kernel} rounds the activations of layers with bfloat16 values to bfloat16"
+        found.append(Limit(value=_BF16_TOLERANCE, reason=reason))
+    if not found:
         return limits
+    loosest = max(found, key=lambda limit: limit.value)
     names = {"max_relative_l2", "max_layer_error"} - limits.model_fields_set
-    return limits.model_copy(update=dict.fromkeys(names, limit))
+    return limits.model_copy(update=dict.fromkeys(names, loosest))
 
 
 def _require_same_tokenizer(checkpoint: Path, dense: Path, held_out: Tensor) -> None:

@@ -16,7 +16,7 @@ from sslc_export.recipe import load_recipe
 
 R = typing.TypeVar("R", bound=BaseModel)
 
-_METAVARS = {"exclude": "GLOB", "target": "SM", "batches": "N", "harness_tasks": "TASK"}
+_METAVARS = {"exclude": "GLOB", "values_of": "GLOB=TYPE", "target": "SM", "batches": "N", "harness_tasks": "TASK"}
 
 
 def parse(kind: type[R], argv: Sequence[str] | None, description: str, examples: str) -> R:

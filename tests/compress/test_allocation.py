@@ -10,7 +10,7 @@ from compress.allocation.problem import SLACK, Problem
 from compress.allocation.ranks import paying_rank
 from compress.budget import LayerPlan, factor_cost, kept_dense_bytes, parameters, plan_layer, stored_bytes
 from compress.importance import Importance
-from compress.options import CompressOptions
+from compress.options import VALUE_BITS, CompressOptions
 from compress.rules import MaskRule
 
 SHAPES = {"a": (40, 64), "b": (64, 100), "c": (8, 16), "d": (64, 64)}
@@ -101,7 +101,7 @@ def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_if
     # Almost nothing but a few directions: a rank pays.
     weights = {name: torch.randn(512, 60, generator=g) @ torch.randn(60, 640, generator=g) for name in shapes}
     options = CompressOptions(budget=0.5, budget_in="params", rank_share=0.1, values_dtype=f"int{value_bits}")
-    plans = {name: plan_layer(*shape, options) for name, shape in shapes.items()}
+    plans = {name: plan_layer(*shape, options, options.values_dtype) for name, shape in shapes.items()}
     importance = {name: Importance(torch.full((512,), f), torch.ones(640)) for name, f in (("a", 4.0), ("b", 1.0))}
     blocks = dict.fromkeys(shapes, "block")
     problem = Problem(plans, shapes, blocks, weights.__getitem__, importance, value_bits, choose_ranks)
@@ -118,12 +118,12 @@ def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_if
 def test_int4_values_leave_room_to_move_at_budgets_of_which_dense_int4_would_leave_none(budget_in):
     shapes = dict.fromkeys("ab", (512, 640))
     options = CompressOptions(budget=0.7 if budget_in == "params" else 1.0, budget_in=budget_in, values_dtype="int4")
-    plans = {name: plan_layer(*shape, options) for name, shape in shapes.items()}
+    plans = {name: plan_layer(*shape, options, options.values_dtype) for name, shape in shapes.items()}
     g = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     importance = {name: Importance(torch.full((512,), f), torch.ones(640)) for name, f in (("a", 4.0), ("b", 1.0))}
     blocks = dict.fromkeys(shapes, "block")
-    cost = factor_cost(options)
+    cost = factor_cost(VALUE_BITS[options.values_dtype], options.budget_in)
     shared = allocate(
         "fisher", Problem(plans, shapes, blocks, weights.__getitem__, importance, 4, True, factor_cost=cost)
     )

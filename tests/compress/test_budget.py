@@ -63,7 +63,7 @@ def test_a_plan_never_exceeds_its_budget_nor_wastes_it(N, K, budget, unit, dtype
         method=method, budget=budget, budget_in=unit, values_dtype=dtype, rank_share=share, rank=rank
     )
     size, bias = VALUE_BITS[dtype], bias_bytes * N
-    plan = plan_layer(N, K, options, bias)
+    plan = plan_layer(N, K, options, dtype, bias)
     dense = dense_bytes(N, K, size, bias)
     if plan.dense_reason:
         assert (plan.rank, plan.nnz) == (0, 0)
@@ -99,11 +99,11 @@ def test_stored_bytes_are_the_bytes_of_the_tensors():
     ],
 )
 def test_a_layer_that_cannot_pay_stays_dense_and_says_why(N, K, options, reason):
-    assert reason in plan_layer(N, K, CompressOptions(**options)).dense_reason
+    assert reason in plan_layer(N, K, CompressOptions(**options), "f32").dense_reason
 
 
 def test_the_rank_share_splits_the_room_for_values():
-    plan = plan_layer(1000, 1000, CompressOptions(budget=0.5, budget_in="params", rank_share=0.2))
+    plan = plan_layer(1000, 1000, CompressOptions(budget=0.5, budget_in="params", rank_share=0.2), "f32")
     assert plan.rank == 50
     assert plan.nnz == 500_000 - 50 * 2000
 
@@ -129,5 +129,5 @@ def test_int4_values_take_no_more_bytes_than_planned_and_little_less(N, K, densi
 
 
 def test_a_number_of_a_factor_costs_as_many_values_as_its_bits_hold():
-    assert [factor_cost(CompressOptions(values_dtype=dtype)) for dtype in VALUE_BITS] == [1, 1, 2, 4]
-    assert factor_cost(CompressOptions(values_dtype="int4", budget_in="params")) == 1
+    assert [factor_cost(bits, "bytes") for bits in VALUE_BITS.values()] == [1, 1, 2, 4]
+    assert factor_cost(4, "params") == 1

@@ -270,9 +270,38 @@ def test_layers_may_stay_dense_and_say_why(tmp_path, tiny_llama, tokens):
     assert type(compress.load(tmp_path / "out").get_submodule("model.layers.1.mlp.up_proj")) is torch.nn.Linear
 
 
-def test_a_pattern_that_matches_nothing_is_a_mistake(tmp_path, tiny_llama, tokens):
+@pytest.mark.parametrize("wrong", [{"exclude": ("*.qproj",)}, {"values_of": ("*.qproj=int8",)}], ids=str)
+def test_a_pattern_that_matches_nothing_is_a_mistake(tmp_path, tiny_llama, tokens, wrong):
     with pytest.raises(InputError, match=r"matches none.*qproj"):
-        compress_model(tiny_llama, tmp_path / "out", CompressOptions(exclude=("*.qproj",)), tokens=tokens)
+        compress_model(tiny_llama, tmp_path / "out", CompressOptions(**wrong), tokens=tokens)
+
+
+@pytest.mark.parametrize("unit", ["bytes", "params"])
+def test_layers_may_have_values_of_different_types_within_one_budget(tmp_path, tiny_llama, tokens, unit):
+    of = ("*.0.mlp.down_proj=f32", "*.down_proj=int4", "*.mlp.*=int8")
+    options = CompressOptions(values_dtype="bf16", values_of=of, budget=0.6, budget_in=unit)
+    report = compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
+    layers = Checkpoint.open(tmp_path / "out").layers
+    wanted = {"0.mlp.down_proj": "F32", "1.mlp.down_proj": "U8", "1.mlp.up_proj": "I8", "1.self_attn.q_proj": "BF16"}
+    assert {name: layers[f"model.layers.{name}"].dtype for name in wanted} == wanted
+    rows = {row.name: row for row in report.layers if not row.dense_reason}
+    assert set(rows) == set(layers)
+    assert len({layer.dtype for layer in layers.values()}) == 4
+    for dtype in {layer.dtype for layer in layers.values()}:
+        of_type = [rows[name] for name, layer in layers.items() if layer.dtype == dtype]
+        if unit == "bytes":
+            assert sum(row.bytes for row in of_type) <= 0.6 * sum(row.dense_bytes for row in of_type)
+        else:
+            size = sum(row.N * row.K for row in of_type)
+            kept = sum(row.nnz + row.rank * (row.N + row.K) for row in of_type)
+            assert 0.59 * size < kept <= 0.6 * size
+    assert torch.isfinite(compress.load(tmp_path / "out")(tokens).logits).all()
+
+
+@pytest.mark.parametrize("text", ["*.q_proj", "=int8", "*.q_proj=int3", "*.q_proj=int8,bf16"])
+def test_a_type_of_values_without_layers_or_of_no_known_name_is_a_mistake(text):
+    with pytest.raises(InputError, match="PATTERN=TYPE"):
+        CompressOptions(values_of=(text,))
 
 
 def test_a_full_budget_leaves_the_model_as_it_is(tmp_path, tiny_llama, tokens):
