@@ -120,11 +120,11 @@ class CompressOptions:
         _one_of("Budget unit", self.budget_in, BUDGET_UNITS)
         _one_of("Allocation", self.allocation, ALLOCATIONS)
         _one_of("Type of the values", self.values_dtype, VALUE_BITS)
-        for text in self.values_of:
-            if text.rpartition("=")[2] not in VALUE_BITS or not text.rpartition("=")[0]:
+        for pattern, dtype in self.types_by_pattern:
+            if dtype not in VALUE_BITS or not pattern:
                 raise InputError(
                     "The type of some layers' values is not PATTERN=TYPE",
-                    got=repr(text),
+                    got=repr(f"{pattern}={dtype}" if pattern else dtype),
                     allowed=f"a pattern for names of layers, = and one of {_names(VALUE_BITS)}",
                     do="*.mlp.down_proj=bf16 keeps the values of these layers in bfloat16",
                 )
@@ -163,14 +163,19 @@ class CompressOptions:
             )
 
     @property
+    def types_by_pattern(self) -> list[tuple[str, str]]:
+        """Pattern and type of each of `values_of`."""
+        return [(pattern, dtype) for pattern, _, dtype in (text.rpartition("=") for text in self.values_of)]
+
+    @property
     def values_dtypes(self) -> set[str]:
         """All types of values that layers may have."""
-        return {self.values_dtype, *(text.rpartition("=")[2] for text in self.values_of)}
+        return {self.values_dtype, *(dtype for _, dtype in self.types_by_pattern)}
 
     def values_dtype_of(self, layer: str) -> str:
         """The type of the values of the layer of this full name."""
-        of = (text.rpartition("=") for text in self.values_of)
-        return next((dtype for pattern, _, dtype in of if fnmatch.fnmatchcase(layer, pattern)), self.values_dtype)
+        found = (dtype for pattern, dtype in self.types_by_pattern if fnmatch.fnmatchcase(layer, pattern))
+        return next(found, self.values_dtype)
 
     @property
     def share(self) -> float | None:

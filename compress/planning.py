@@ -30,19 +30,17 @@ def plan_model(source: Source, options: CompressOptions) -> dict[str, LayerPlan]
         InputError: a pattern of `options.exclude` or `options.values_of` matches no layer.
     """
     plans: dict[str, LayerPlan] = {}
-    of_values = {text.rpartition("=")[0] for text in options.values_of}
-    unmatched = of_values | set(options.exclude)
+    unmatched = {*options.exclude, *(pattern for pattern, _ in options.types_by_pattern)}
     for block in source.blocks:
         for layer, linear in linears(source.model.get_submodule(block)).items():
             name = f"{block}.{layer}"
-            patterns = [pattern for pattern in options.exclude if fnmatch.fnmatchcase(name, pattern)]
-            unmatched -= {*patterns, *(pattern for pattern in of_values if fnmatch.fnmatchcase(name, pattern))}
-            if patterns:
-                plans[name] = LayerPlan(dense_reason=f"excluded by {patterns[0]}")
+            unmatched = {pattern for pattern in unmatched if not fnmatch.fnmatchcase(name, pattern)}
+            excluded_by = next((p for p in options.exclude if fnmatch.fnmatchcase(name, p)), None)
+            if excluded_by:
+                plans[name] = LayerPlan(dense_reason=f"excluded by {excluded_by}")
             else:
-                plans[name] = plan_layer(
-                    *linear_shape(linear), options, options.values_dtype_of(name), _bias_bytes(source, name)
-                )
+                values_dtype, bias_bytes = options.values_dtype_of(name), _bias_bytes(source, name)
+                plans[name] = plan_layer(*linear_shape(linear), options, values_dtype, bias_bytes)
     if unmatched:
         raise InputError(
             "A pattern of layers matches none",

@@ -53,6 +53,7 @@ def compress_blocks(
         solving: How many of the n sequences, the first ones, are solved on; the others measure errors.
         progress: Wraps the loop over blocks.
     """
+    rounding = not options.values_dtypes.isdisjoint(QUANTIZED)
     spill, hidden = work.folder / SPILL, None
     dense_spill, dense = work.folder / _DENSE_SPILL, None
     try:
@@ -69,7 +70,6 @@ def compress_blocks(
             if dense is not None:
                 run(block, calls[index], dense)
             if unfinished:
-                rounding = not options.values_dtypes.isdisjoint(QUANTIZED)
                 inputs: dict[str, LayerInputs] = {}
                 if hidden is not None:
                     gram = METHODS[options.method].calibrated or rounding
