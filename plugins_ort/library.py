@@ -15,8 +15,8 @@ from sslc_common.errors import InputError, MissingError
 # Instruction sets, the best first; but on Intel's processors without AMX, avx512 is faster than avx512_bf16, which is
 # AVX-512 with VNNI and bfloat16 dot products; amx has tiles besides.
 KERNELS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-# Those that, where there are many tokens, round the activations of layers with bfloat16 values to bfloat16, and those
-# of layers that allow it to 8 bits.
+# Those that round activations: of layers with bfloat16 values to bfloat16, where there are many tokens; and of layers
+# that allow it to 8 bits, from two tokens on.
 ROUND_TO_BF16 = ("amx", "avx512_bf16")
 ROUND_TO_BYTES = ("amx", "avx512_bf16", "avx512")
 

@@ -197,7 +197,7 @@ class ExportRecipe(CompressRecipe, ValidateRecipe, PlanRecipe):
     int8_activations: bool = Field(
         False,
         description="for .onnx with int8 or int4 values: allow the kernel to round activations to 8 bits, 64 columns "
-        "at a time, from 13 tokens on, where the processor has AVX-512 VNNI; an error of 0.6 % in a layer",
+        "at a time, from two tokens on, where the processor has AVX-512 VNNI; an error of 0.6 % in a layer",
     )
     compress_slower: bool = Field(
         False,

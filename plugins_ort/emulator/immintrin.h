@@ -14,6 +14,7 @@ typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef long long __m512i __attribute__((vector_size(64), may_alias));
 typedef short __m512bh __attribute__((vector_size(64), may_alias));
 typedef long long __m256i __attribute__((vector_size(32), may_alias));
+typedef long long __m128i __attribute__((vector_size(16), may_alias));
 typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 typedef uint64_t __mmask64;
@@ -243,6 +244,47 @@ EMULATED __m512i _mm512_maskz_compress_epi8(__mmask64 mask, __m512i values) {
   for (int i = 0, next = 0; i < 64; ++i)
     if (mask >> i & 1) to.at[next++] = from.at[i];
   return emulated::as<__m512i>(to);
+}
+EMULATED __m128i _mm_loadu_si128(const __m128i* p) { return emulated::load<__m128i>(p); }
+EMULATED __m512i _mm512_broadcast_i32x4(__m128i v) {
+  emulated::Array<__m128i, 4> quarters;
+  for (__m128i& quarter : quarters.at) quarter = v;
+  return emulated::as<__m512i>(quarters);
+}
+// Quarters of the result, two bits of `which` for each, the lowest first: two of a, then two of b.
+EMULATED __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int which) {
+  const auto x = emulated::as<emulated::Array<__m128i, 4>>(a), y = emulated::as<emulated::Array<__m128i, 4>>(b);
+  emulated::Array<__m128i, 4> out;
+  for (int i = 0; i < 4; ++i) out.at[i] = (i < 2 ? x : y).at[which >> (2 * i) & 3];
+  return emulated::as<__m512i>(out);
+}
+// Elements of type T of a and b in turns, of the lower or the upper half of every quarter.
+namespace emulated {
+template <class T>
+EMULATED __m512i unpacked(__m512i a, __m512i b, bool upper) {
+  constexpr int kLanes = 64 / sizeof(T), kQuarter = kLanes / 4;
+  const auto x = as<Array<T, kLanes>>(a), y = as<Array<T, kLanes>>(b);
+  Array<T, kLanes> out;
+  for (int i = 0; i < kLanes; ++i)
+    out.at[i] = (i % 2 == 0 ? x : y).at[i / kQuarter * kQuarter + upper * kQuarter / 2 + i % kQuarter / 2];
+  return as<__m512i>(out);
+}
+}  // namespace emulated
+inline __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return emulated::unpacked<uint32_t>(a, b, false); }
+inline __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return emulated::unpacked<uint32_t>(a, b, true); }
+inline __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return emulated::unpacked<uint64_t>(a, b, false); }
+inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return emulated::unpacked<uint64_t>(a, b, true); }
+// The last argument is the lowest lane.
+EMULATED __m512i _mm512_set_epi32(int p, int o, int n, int m, int l, int k, int j, int i, int h, int g, int f, int e,
+                                  int d, int c, int b, int a) {
+  const emulated::Array<int, 16> lanes = {{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p}};
+  return emulated::as<__m512i>(lanes);
+}
+EMULATED __m512 _mm512_permutexvar_ps(__m512i which, __m512 v) {
+  const auto numbers = emulated::as<emulated::Array<uint32_t, 16>>(which);
+  __m512 out;
+  for (int i = 0; i < 16; ++i) out[i] = v[numbers.at[i] & 15];
+  return out;
 }
 // Sums wrap around.
 EMULATED __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {

@@ -73,8 +73,11 @@ const TypeKernels& PreparedLayer::of_type() const {
   return layer_.dtype == Dtype::f32 ? kernels_->f32 : kernels_->bf16;
 }
 
-const IntegerKernels& PreparedLayer::of_integers() const {
-  return layer_.dtype == Dtype::i8 ? kernels_->int8 : kernels_->int4;
+const IntegerKernels& PreparedLayer::of_integers(int64_t M) const {
+  const bool int8 = layer_.dtype == Dtype::i8;
+  const IntegerKernels& few8 = int8 ? kernels_->int8_few8 : kernels_->int4_few8;
+  if (layer_.activation_bits == 8 && M > 1 && few8.rows != nullptr) return few8;
+  return int8 ? kernels_->int8 : kernels_->int4;
 }
 
 bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Kernels* kernels, std::string* error) {
@@ -125,7 +128,7 @@ bool PreparedLayer::prepare(const Layer& weights, int64_t value_count, const Ker
     std::memcpy(tail_.data(), layer.values + tail_start, static_cast<size_t>(bytes - tail_start));
   layer.row_start = row_start_.data();
   layer.tail = tail_.data();
-  if (is_integer(layer.dtype) && of_integers().offset) of_zero_ = rows_of_zero();
+  if (is_integer(layer.dtype) && of_integers(1).offset) of_zero_ = rows_of_zero();
   layer.of_zero = of_zero_.data();
   return true;
 }
@@ -137,13 +140,13 @@ std::vector<float> PreparedLayer::rows_of_zero() const {
   std::vector<float> x(Kp), y(N);
   std::vector<int16_t> q(Kp);
   float scale;
-  of_integers().quantize(x.data(), 1, layer_.K, layer_.words * kBlock, q.data(), &scale);
+  of_integers(1).quantize(x.data(), 1, layer_.K, layer_.words * kBlock, q.data(), &scale);
   scale = 1;
   Layer sparse = layer_;
   sparse.r = 0;
   sparse.bias = reinterpret_cast<const uint8_t*>(none.data());
   sparse.of_zero = none.data();
-  of_integers().rows(sparse, 0, layer_.N, q.data(), &scale, nullptr, 1, y.data());
+  of_integers(1).rows(sparse, 0, layer_.N, q.data(), &scale, nullptr, 1, y.data());
   return y;
 }
 
@@ -218,7 +221,7 @@ void PreparedLayer::forward_lanes(const LaneKernels& kernels, const float* x, in
 }
 
 void PreparedLayer::forward_integers(const float* x, int64_t M, float* y, const Parallel& parallel) const {
-  const IntegerKernels& kernels = of_integers();
+  const IntegerKernels& kernels = of_integers(M);
   const int64_t Kp = layer_.words * kBlock, rp = round_up(layer_.r, kBlock);
   const double K = static_cast<double>(layer_.K), factor = static_cast<double>(factor_size_of(layer_.dtype));
   const double stored = static_cast<double>(row_start_.back()) / static_cast<double>(layer_.N);

@@ -22,7 +22,7 @@ class PreparedLayer {
 
  private:
   const TypeKernels& of_type() const;
-  const IntegerKernels& of_integers() const;
+  const IntegerKernels& of_integers(int64_t M) const;
   std::vector<float> rows_of_zero() const;
   void forward_few(const float* x, int64_t M, float* y, const Parallel& parallel) const;
   void forward_integers(const float* x, int64_t M, float* y, const Parallel& parallel) const;

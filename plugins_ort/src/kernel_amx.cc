@@ -14,12 +14,10 @@ namespace {
 
 #include "pairs_bf16.inc"
 
-#include "quads.inc"
-
 #include "tiles.inc"
 
 }  // namespace
 
-extern const Kernels kAmx = with_tiles(kernels_named("amx", 15, 13), 6);
+extern const Kernels kAmx = with_tiles(kernels_named("amx", 15, 12), 6);
 
 }  // namespace sslc

@@ -11,16 +11,14 @@ namespace {
 
 #include "kernels.inc"
 
-#include "quads.inc"
-
 constexpr Kernels with_quads(Kernels kernels) {
-  kernels.int8_quads = lane_kernels_of<IntegerQuads<Int8>>(kernels.int8_pairs.from);
-  kernels.int4_quads = lane_kernels_of<IntegerQuads<Int4>>(kernels.int4_pairs.from);
+  kernels.int8_quads = lane_kernels_of<IntegerQuads<Int8>>(10);
+  kernels.int4_quads = lane_kernels_of<IntegerQuads<Int4>>(10);
   return kernels;
 }
 
 }  // namespace
 
-extern const Kernels kAvx512 = with_quads(kernels_named("avx512", 15, 13));
+extern const Kernels kAvx512 = with_quads(kernels_named("avx512", 15, 12));
 
 }  // namespace sslc

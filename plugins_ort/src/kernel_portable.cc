@@ -153,6 +153,7 @@ using Bf16 = Type<2>;
 
 constexpr int kFewGroup = 4;
 constexpr bool kBytePlanes = false, kUnpackRuns = false;
+#define SSLC_FEW_INTEGERS "few_integers.inc"
 constexpr int kTileColumns = 32;
 constexpr int kWideChains = 1, kMostListed = 0, kNarrowChains = 1, kNarrowRun = 1;
 constexpr int tile_rows(int) { return 2; }

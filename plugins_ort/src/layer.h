@@ -74,7 +74,7 @@ struct Layer {
   int activation_bits;       // beside integer values: 16, or 8 where there are many tokens and kernels for it
   int64_t tail_row;          // from this row on, values are read from the padded copy: reading kOverread bytes
   const uint8_t* tail;       // beyond the row would leave the tensor, which may be the end of a mapping
-  const float* of_zero;      // [N] what one token's rows() of IntegerKernels with `offset` have too much, per scale
+  const float* of_zero;      // [N] what rows() of IntegerKernels with `offset` have too much, per scale
 };
 
 static inline const uint8_t* row_values(const Layer& layer, int64_t n) {
@@ -99,9 +99,10 @@ struct TypeKernels {
 // What one instruction set provides for int8 or int4 values, beside the kernels of bf16, which U and V are.
 //
 // Activations are rounded to 16 bits, token by token: x = scale * q with |q| <= 32767. Sums of q times a value are exact
-// within a block of 64 columns. q lies block by block: the 64 columns of the first token, those of the next, ...
+// within a block of 64 columns. q lies block by block: the 64 columns of the first token, those of the next, ... With
+// activations of 8 bits, q holds what quantize() makes of them, in no more bytes.
 struct IntegerKernels {
-  bool offset;  // q of one token is q + 32768, in an order of the kernel's own
+  bool offset;  // q is q + 32768, in an order of the kernel's own
   void (*quantize)(const float* x, int64_t M, int64_t K, int64_t padded, int16_t* q, float* scales);
   void (*rows)(const Layer&, int64_t begin, int64_t end, const int16_t* q, const float* scales, const float* t,
                int64_t M, float* y);
@@ -129,7 +130,8 @@ struct Kernels {
   TypeKernels f32, bf16;
   IntegerKernels int8, int4;
   LaneKernels int8_pairs, int4_pairs, bf16_pairs;
-  LaneKernels int8_quads, int4_quads;  // with activations of 8 bits
+  LaneKernels int8_quads, int4_quads;   // with activations of 8 bits
+  IntegerKernels int8_few8, int4_few8;  // the same for few tokens, two or more; null where there are none
   // Rows [begin, end) of x^T, from x [M, K]; columns beyond M are zero.
   void (*transpose)(const float* x, int64_t K, int64_t begin, int64_t end, int64_t M, int64_t columns, float* xT);
   int64_t (*popcount)(const uint8_t* words, int64_t count);    // bits set in `count` 64-bit words

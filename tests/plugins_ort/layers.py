@@ -9,6 +9,8 @@ from itertools import zip_longest
 
 import numpy as np
 
+from plugins_ort.library import ROUND_TO_BYTES
+
 # Half a unit in the last place of float32: the relative error of one rounding.
 ROUNDING = 2.0**-24
 
@@ -71,11 +73,7 @@ def expected_of(layer: RandomLayer, x: np.ndarray, kernel: str) -> tuple[np.ndar
         kernel in ("amx", "avx512_bf16") and layer.element == 16 and len(x) >= (6 if kernel == "amx" else 9)
     ):  # bfloat16 products
         activations = "bf16"
-    if (
-        kernel in ("amx", "avx512_bf16", "avx512")
-        and layer.activation_bits == 8
-        and len(x) >= (6 if kernel == "amx" else 13)
-    ):  # of bytes
+    if kernel in ROUND_TO_BYTES and layer.activation_bits == 8 and len(x) >= 2:
         activations = "int8"
     return layer.reference(x, activations=activations)
 
