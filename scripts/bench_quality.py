@@ -27,6 +27,7 @@ import shutil
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ QUANTIZED_BLOCK = 32  # weights that share a scale; ONNX Runtime's usual choice
 # Of the plot:
 MOST_SHOWN = 3.2  # perplexity over dense
 LABELS_APART = 1.03  # the least factor between two labels
+COLUMNS = (0.3, 0.52)  # of labels: below, between, where they are left of their points, and above
 FAMILIES = {
     "default": "C1o-",
     "default, with options": "C1^",
@@ -329,17 +331,18 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
         axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.grid(alpha=0.3)
-        lowest = {"left": 0.0, "right": 0.0}
+        lowest = [0.0] * (len(COLUMNS) + 1)
         for r in sorted(shown, key=lambda r: r["ratio"]):  # labels one above the other, each at its point or higher
-            side = "left" if r["budget_in"] == "bytes" and not r["method"].startswith("ort_") else "right"
-            at, height = r["bytes"] / dense, max(lowest[side] * LABELS_APART, r["ratio"])
-            label = r["method"].removeprefix("default ")
+            at = r["bytes"] / dense
+            column = bisect(COLUMNS, at)
+            left, height = column == 1, max(lowest[column] * LABELS_APART, r["ratio"])
+            label = r["method"].removeprefix("default ").replace("values_dtype=", "")
             if r["method"].startswith("default"):
                 label += f", {r['budget']:g}" + " of bytes" * (r["budget_in"] == "bytes")
-            beside = (at + (0.03 if side == "right" else -0.03), height)
-            aligned = {"va": "center", "ha": "left" if side == "right" else "right"}
+            beside = (at + (-0.03 if left else 0.03), height)
+            aligned = {"va": "center", "ha": "right" if left else "left"}
             axis.annotate(label, (at, r["ratio"]), beside, fontsize=7, arrowprops=THIN, **aligned)
-            lowest[side] = height
+            lowest[column] = height
         beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
         axis.set_title(f"{text}\nbeyond {MOST_SHOWN:g}: {beyond}" if beyond else text, fontsize=9)
     axes[0][0].set_ylabel("perplexity over the dense model's")
