@@ -117,16 +117,15 @@ def test_ranks_that_cost_more_bytes_than_they_count_make_no_layer_larger_than_if
 @pytest.mark.parametrize("budget_in", ["params", "bytes"])
 def test_int4_values_leave_room_to_move_at_budgets_of_which_dense_int4_would_leave_none(budget_in):
     shapes = dict.fromkeys("ab", (512, 640))
-    options = CompressOptions(budget=0.7 if budget_in == "params" else 1.0, budget_in=budget_in, values_dtype="int4")
+    budget = 0.7 if budget_in == "params" else 1.0
+    options = CompressOptions(budget=budget, budget_in=budget_in, values_dtype="int4", rank_share=0.0)
     plans = {name: plan_layer(*shape, options, options.values_dtype) for name, shape in shapes.items()}
     g = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     importance = {name: Importance(torch.full((512,), f), torch.ones(640)) for name, f in (("a", 4.0), ("b", 1.0))}
     blocks = dict.fromkeys(shapes, "block")
     cost = factor_cost(VALUE_BITS[options.values_dtype], options.budget_in)
-    shared = allocate(
-        "fisher", Problem(plans, shapes, blocks, weights.__getitem__, importance, 4, True, factor_cost=cost)
-    )
+    shared = allocate("fisher", Problem(plans, shapes, blocks, weights.__getitem__, importance, 4, factor_cost=cost))
     assert shared["a"].nnz > 1.1 * plans["a"].nnz > 1.1 * shared["b"].nnz
     assert sum(p.nnz for p in shared.values()) == sum(p.nnz for p in plans.values())
 
