@@ -37,7 +37,7 @@ def test_refined_blocks_are_nearer_to_the_dense_model_on_other_text(
 ):
     # With weights as small as usual, predictions are nearly uniform and there is nothing to recover.
     source = save_tiny(tmp_path / "source", family, initializer_range=0.1)
-    # Errors are kept small, as Fisher information tells of small ones only; of int8 values 90 % leave nothing to recover.
+    # Errors are kept small, as Fisher information tells of small ones only; 90 % in int8 leave nothing to recover.
     budget = 0.9 if values_dtype == "f32" else 0.8
     options = {"values_dtype": values_dtype, "allocation": allocation, "budget": budget, "rank_share": 0.2}
     for passes in (0, 30):
