@@ -117,7 +117,7 @@ def plan_layer(N: int, K: int, options: CompressOptions, values_dtype: str, bias
             f"what says where they are takes {fixed_bytes(N, K, value_bits) / dense:.1%} of the dense bytes"
         )
     direction = (N + K) * factor_cost(value_bits, options.budget_in)
-    rank = _rank(N, K, room / direction, options) if METHODS[options.method].low_rank else 0
+    rank = _rank(N, K, room / direction, options, values_dtype) if METHODS[options.method].low_rank else 0
     if rank * direction > room:
         return LayerPlan(dense_reason=f"rank {rank} takes {rank * direction} values, more than the budget's {room}")
     nnz = min(room - rank * direction, N * K)
@@ -131,7 +131,7 @@ def factor_cost(value_bits: int, budget_in: str) -> int:
     return factor_bits(value_bits) // value_bits if budget_in == "bytes" else 1
 
 
-def _rank(N: int, K: int, most: float, options: CompressOptions) -> int:
+def _rank(N: int, K: int, most: float, options: CompressOptions, values_dtype: str) -> int:
     if options.rank is not None:
         return min(options.rank, N, K)
-    return min(math.floor((options.share or 0) * most), N, K)
+    return min(math.floor((options.share_of(values_dtype) or 0) * most), N, K)

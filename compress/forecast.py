@@ -65,7 +65,8 @@ def forecast(source: Source, options: CompressOptions, rate: float | None = None
     tokens = sequences * options.sequence_length if METHODS[options.method].calibrated or options.calibration else 0
     held_out = max(1, sequences // HELD_OUT_EVERY) * options.sequence_length if tokens else 0
     solving, refining = tokens - held_out, options.refinement if tokens else 0
-    products = PRODUCTS[options.method][bool(options.share or options.rank)]
+    low_rank = any(map(options.share_of, options.values_dtypes)) or bool(options.rank)
+    products = PRODUCTS[options.method][low_rank]
     d = source.model.config.hidden_size
     operations, memory = 0.0, 0
     for block in source.blocks:

@@ -44,10 +44,9 @@ BUDGET_UNITS = ("bytes", "params")
 ALLOCATIONS = ("fisher", "uniform", "owl", "farms", "welore", "knapsack", "cap", "cap_reinforce")
 TEXT_ALLOCATIONS = ("owl", "knapsack", "cap", "cap_reinforce")  # cannot do without; fisher is uniform then
 JOINT_ALLOCATIONS = ("knapsack", "cap", "cap_reinforce")  # choose ranks together with the rooms
-JOINT_SHARE, JOINT_SHARE_OF_FOUR = (
-    0.15,
-    0.25,
-)  # Where the error of layers is least (docs/methods.md); masks such as 2:4.
+# Where the error of layers is least (docs/methods.md); with masks such as 2:4; and where numbers of U and V take the
+# bytes of two or four values.
+JOINT_SHARE, JOINT_SHARE_OF_FOUR, JOINT_SHARE_OF_BYTES = 0.15, 0.25, 0.0
 HEADS = ("keep", "int8")
 TUNED = ("all", "factors")
 
@@ -70,9 +69,10 @@ class CompressOptions:
             instead of `values_dtype`; the first that matches holds. Layers of a type share their budget among them.
         head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for
             one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
-        rank_share: Share of the room for values that goes to U and V. None for 0.15 with the method "joint" (0.25 with
-            mask rules for four columns), unless the allocation chooses ranks itself. With other methods None is for the
-            rank that pays in each layer by its singular values, often 0, and always 0 with a uniform allocation.
+        rank_share: Share of the room for values that goes to U and V. None, unless the allocation chooses ranks itself,
+            for 0.15 with the method "joint": 0.25 with mask rules for four columns, else 0 with int8 and int4 values and
+            a budget in bytes, where a number of U or V takes those of two or four values. With other methods None is for
+            the rank that pays in each layer by its singular values, often 0, and always 0 with a uniform allocation.
             Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
         mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
@@ -177,12 +177,13 @@ class CompressOptions:
         found = (dtype for pattern, dtype in self.types_by_pattern if fnmatch.fnmatchcase(layer, pattern))
         return next(found, self.values_dtype)
 
-    @property
-    def share(self) -> float | None:
-        """The rank share that holds; None where ranks are free."""
+    def share_of(self, values_dtype: str) -> float | None:
+        """The rank share that holds for layers with values of that type; None where ranks are free."""
         if self.rank_share is None and self.method == "joint" and self.allocation not in JOINT_ALLOCATIONS:
             rule = parse_rule(self.mask_rule)
-            return JOINT_SHARE_OF_FOUR if rule and rule.group == 4 else JOINT_SHARE
+            if rule and rule.group == 4:
+                return JOINT_SHARE_OF_FOUR
+            return JOINT_SHARE_OF_BYTES if values_dtype in QUANTIZED and self.budget_in == "bytes" else JOINT_SHARE
         return self.rank_share
 
     def what_decides(self) -> dict[str, Any]:

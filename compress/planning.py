@@ -94,6 +94,7 @@ def _problem(
     progress: Progress,
 ) -> Problem:
     linear = {name: source.model.get_submodule(name) for name in plans}
+    free = options.rank is None and options.share_of(values_dtype) is None
 
     def weight(name: str) -> Tensor:
         return output_rows(linear[name], source.read(f"{name}.weight"))
@@ -105,7 +106,7 @@ def _problem(
         weight=weight,
         importance=importance,
         value_bits=VALUE_BITS[values_dtype],
-        choose_ranks=options.rank is None and options.share is None and METHODS[options.method].low_rank,
+        choose_ranks=free and METHODS[options.method].low_rank,
         rule=parse_rule(options.mask_rule),
         factor_cost=factor_cost(VALUE_BITS[values_dtype], options.budget_in),
         tokens=tokens,

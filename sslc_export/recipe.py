@@ -75,8 +75,9 @@ class CompressRecipe(_Recipe):
         _DEFAULT.rank_share,
         ge=0,
         le=1,
-        description="share of a layer's budget that goes to U and V (default: 0.15 with the method joint; with others "
-        "what pays in each layer by its singular values, often nothing)",
+        description="share of a layer's budget that goes to U and V (default: 0.15 with the method joint, but none of "
+        "bytes with int8 and int4 values; with other methods what pays in each layer by its singular values, often "
+        "nothing)",
     )
     mask_rule: str = Field(
         _DEFAULT.mask_rule,
