@@ -70,10 +70,10 @@ class CompressOptions:
         head: What becomes of the output head, and of an embedding that is tied to it: "keep" for as it is, "int8" for
             one byte per weight and a scale per row and 64 columns (`compress.head`). The budget does not count it.
         rank_share: Share of the room for values that goes to U and V. None, unless the allocation chooses ranks itself,
-            for 0.15 with the method "joint": 0.25 with mask rules for four columns, else 0 with int8 and int4 values and
-            a budget in bytes, where a number of U or V takes those of two or four values. With other methods None is for
-            the rank that pays in each layer by its singular values, often 0, and always 0 with a uniform allocation.
-            Methods without a low-rank part ignore it.
+            for 0.15 with the method "joint": 0.25 with mask rules for four columns, else 0 with int8 and int4 values
+            and a budget in bytes, where a number of U or V takes those of two or four values. With other methods None
+            is for the rank that pays in each layer by its singular values, often 0, and always 0 with a uniform
+            allocation. Methods without a low-rank part ignore it.
         rank: The rank of every layer, instead of `rank_share`.
         mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
             A layer that would keep more than CAP/GROUP of its entries keeps as many as the rule allows.
