@@ -30,7 +30,12 @@ class TrainableLinear(nn.Module):
         N, K = self.shape
         S = self.values.new_zeros(N * K).scatter(0, self.places, self.values).view(N, K)
         y = functional.linear(x, S, self.bias)
-        return y + functional.linear(functional.linear(x, self.V), self.U) if self.U.shape[1] else y
+        if not self.U.shape[1]:
+            return y
+        # Not in bfloat16: oneDNN compiles and keeps kernels for every shape, and nearly every layer has a rank of its
+        # own. Block after block of SmolLM2 that took 10 to 20 MB more.
+        with torch.autocast("cpu", enabled=False):
+            return y + functional.linear(functional.linear(x.float(), self.V), self.U).to(y.dtype)
 
     def compressed(self) -> LowRankSparseLinear:
         """The layer as it is now."""

@@ -47,6 +47,7 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None 
         if iteration % EVERY == 0:
             if iteration:
                 rho, dual = faster(rho, dual, changed=int((mask ^ before).sum()) / max(nnz, 1))
+                del at_rho  # before the next one is there: with 11008 inputs each takes half a gigabyte
             at_rho, before = inverse(G, rho), mask
         _, S, dual, mask = step(A, S, dual, rho, at_rho, nnz, rule)
     return S / d, mask
@@ -86,7 +87,8 @@ def inverse(G: Tensor, rho: float) -> Tensor:
     """(G + ρ)⁻¹ [K, K], by Cholesky: no slower than from the eigenvectors of G, which need not be found then."""
     G = G.clone()
     G.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(G))
+    G = torch.linalg.cholesky(G)
+    return torch.cholesky_inverse(G)
 
 
 def faster(rho: float, dual: Tensor, changed: float) -> tuple[float, Tensor]:

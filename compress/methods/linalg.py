@@ -107,19 +107,21 @@ def least_squares_on_support(W: Tensor, mask: Tensor, S: Tensor, H: Tensor, iter
         H: [K, K], positive definite (see `damped`).
         iterations: Steps.
     """
+    # In place: with 11008 inputs and 4096 outputs each such matrix takes 180 MB.
     support = mask.to(W.dtype)
     inverse_diagonal = 1 / H.diagonal()
-    residual = ((W - S) @ H) * support
+    residual = ((W - S) @ H).mul_(support)
     step = residual * inverse_diagonal
     direction = step.clone()
     energy = (residual * step).sum(1, keepdim=True)
+    S = S.clone()
     for _ in range(iterations):
-        image = (direction @ H) * support
+        image = (direction @ H).mul_(support)
         # A row that is solved already has no energy left; it must not divide by zero.
         length = energy / (direction * image).sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-        S = S + length * direction
-        residual = residual - length * image
-        step = residual * inverse_diagonal
+        S += length * direction
+        residual -= image.mul_(length)
+        torch.mul(residual, inverse_diagonal, out=step)
         previous, energy = energy, (residual * step).sum(1, keepdim=True)
-        direction = step + energy / previous.clamp_min(torch.finfo(W.dtype).tiny) * direction
+        direction.mul_(energy / previous.clamp_min(torch.finfo(W.dtype).tiny)).add_(step)
     return S

@@ -45,6 +45,7 @@ def solve(
                 break
             growth = 1.1 if changed > 0.1 else 1.05 if changed > 0.005 else 1.02
             rho, dual = rho * growth, dual / growth
+            del inverse  # before the next one is there, as in `alps`
             inverse, before = alps.inverse(G, rho), mask
     mask = top_overall(S.abs(), nnz, rule)
     return Solution(mask, S * mask / d, U, V / d)
