@@ -42,12 +42,11 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None 
     d, A, G = scaled(W, H)
     before = mask = top_overall(A.abs(), nnz, rule)
     rho = RHO
-    S, dual = A * mask, torch.zeros_like(A)
+    S, dual, at_rho = A * mask, torch.zeros_like(A), inverse(G, rho)
     for iteration in range(iterations):
-        if iteration % EVERY == 0:
-            if iteration:
-                rho, dual = faster(rho, dual, changed=int((mask ^ before).sum()) / max(nnz, 1))
-                del at_rho  # before the next one is there: with 11008 inputs each takes half a gigabyte
+        if iteration and iteration % EVERY == 0:
+            rho, dual = faster(rho, dual, changed=int((mask ^ before).sum()) / max(nnz, 1))
+            del at_rho  # before the next one is there: with 11008 inputs each takes half a gigabyte
             at_rho, before = inverse(G, rho), mask
         _, S, dual, mask = step(A, S, dual, rho, at_rho, nnz, rule)
     return S / d, mask

@@ -44,17 +44,18 @@ def solve(
     del H
     before = mask = top_overall(A.abs(), nnz, rule)
     basis, rho = None, alps.RHO
+    inverse = alps.inverse(G, rho)
     rest, D, dual = A, A * mask, torch.zeros_like(A)  # rest is A − L
     for iteration in range(iterations):
-        if iteration % EVERY == 0:
-            if iteration:
-                rho, dual = alps.faster(rho, dual, changed=int((mask ^ before).sum()) / nnz)
-                del inverse  # before the next one is there: with 11008 inputs each takes half a gigabyte
+        if iteration and iteration % EVERY == 0:
+            rho, dual = alps.faster(rho, dual, changed=int((mask ^ before).sum()) / nnz)
+            del inverse  # before the next one is there: with 11008 inputs each takes half a gigabyte
             inverse, before = alps.inverse(G, rho), mask
         S, D, dual, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
         U, V, basis = low_rank_again(A - S, rank, basis, G)
         rest = A - U @ V
-    del inverse, S, dual, rest, before
+        del S
+    del inverse, dual, rest, before
     for _ in range(TURNS):
         U, V, basis = low_rank_again(A - D, rank, basis, G)
         D = least_squares_on_support(A - U @ V, mask, D, G, LEAST_SQUARES)
