@@ -4,9 +4,10 @@ import torch
 import compress
 from compress import refinement
 from compress.format import Checkpoint
+from compress.layer import LowRankSparseLinear, pack
 from compress.options import CompressOptions
 from compress.pipeline import compress_model
-from compress.trainable import fast_products, has_fast_products
+from compress.trainable import TrainableLinear, fast_products, has_fast_products
 from sslc_common.errors import InputError
 from tests.compress.models import save_tiny
 
@@ -101,3 +102,15 @@ def test_products_are_in_bfloat16_where_the_processor_is_faster_at_them(monkeypa
     assert torch.get_autocast_dtype("cpu") == torch.bfloat16
     with fast_products():
         assert torch.is_autocast_enabled("cpu") == faster
+
+
+def test_low_rank_parts_are_not_multiplied_in_bfloat16():
+    # A kernel for every rank would be compiled and kept.
+    generator = torch.Generator().manual_seed(0)
+    x, U, V = (torch.randn(shape, generator=generator) for shape in [(5, 48), (32, 3), (3, 48)])
+    bitmap, values = pack(torch.zeros(32, 48), torch.zeros(32, 48, dtype=torch.bool))
+    layer = TrainableLinear(LowRankSparseLinear.from_parts(bitmap, values, U, V))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, (x @ V.T @ U.T).bfloat16())
