@@ -56,6 +56,7 @@ QUANTIZED_BLOCK = 32  # weights that share a scale; ONNX Runtime's usual choice
 MOST_SHOWN = 3.2  # perplexity over dense
 LABELS_APART = 1.03  # the least factor between two labels
 COLUMNS = (0.3, 0.52)  # of labels: below, between, where they are left of their points, and above
+SHORT = {"values_dtype=": "", "mask_rule=": "", "allocation=": "", "tuning_minutes=": "tuned ", "tuning_of=": ""}
 FAMILIES = {
     "default": "C1o-",
     "default, with options": "C1^",
@@ -336,7 +337,9 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
             at = r["bytes"] / dense
             column = bisect(COLUMNS, at)
             left, height = column == 1, max(lowest[column] * LABELS_APART, r["ratio"])
-            label = r["method"].removeprefix("default ").replace("values_dtype=", "")
+            label = r["method"].removeprefix("default ")
+            for option, short in SHORT.items():
+                label = label.replace(option, short)
             if r["method"].startswith("default"):
                 label += f", {r['budget']:g}" + " of bytes" * (r["budget_in"] == "bytes")
             beside = (at + (-0.03 if left else 0.03), height)
