@@ -22,12 +22,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import shutil
 import sys
 import tempfile
 import time
-from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +33,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes the packages importable without installation
 
-from validate.accuracy import Perplexity, paired_ratio, perplexity, perplexity_ratio
+from quality_bench import onnx_runtime, show
+
+from validate.accuracy import Perplexity, perplexity, perplexity_ratio
 
 # Share of the budget that goes to U and V, for the methods that make them. 1 is low rank alone.
 RANK_SHARES = {
@@ -49,21 +49,6 @@ RANK_SHARES = {
     "fwsvd": 1,
 }
 QUICK_METHODS = ("default", "magnitude", "wanda", "alps")
-BITS = (8, 4, 2)  # what its quantizer takes (1.31): there is no 3
-QUANTIZED_BLOCK = 32  # weights that share a scale; ONNX Runtime's usual choice
-
-# Of the plot:
-MOST_SHOWN = 3.2  # perplexity over dense
-LABELS_APART = 1.03  # the least factor between two labels
-COLUMNS = (0.3, 0.52)  # of labels: below, between, where they are left of their points, and above
-SHORT = {"values_dtype=": "", "mask_rule=": "", "allocation=": "", "tuning_minutes=": "tuned ", "tuning_of=": ""}
-FAMILIES = {
-    "default": "C1o-",
-    "default, with options": "C1^",
-    "published": "C0s",
-    "dense, fewer bits (ONNX Runtime)": "kD",
-}
-THIN = {"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.6}
 
 
 @dataclass(frozen=True)
@@ -114,9 +99,9 @@ def main() -> int:
     done = json.loads(path.read_text()) if path and path.is_file() else []
     if not arguments.show:
         _extend(done, arguments)
-    print("\n" + "\n".join(_table(done)))
+    print("\n" + "\n".join(show.table(done)))
     if arguments.plot:
-        _plot(done, arguments.plot)
+        show.plot(done, arguments.plot)
     return 0
 
 
@@ -126,7 +111,7 @@ def _extend(done: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         known = {(r["method"], r["budget"], r["budget_in"], r["text"]) for r in done}
         for record in _measure(arguments, Path(folder), known):
             done.append(asdict(record))
-            print(_line(done[-1]), flush=True)
+            print(show.line(done[-1]), flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps(done, indent=1) + "\n")
 
@@ -198,7 +183,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, known: set[tuple[str, 
         if {text for method, *_, text in known if method == f"ort_int{bits}"} >= set(texts):
             continue
         began = time.perf_counter()
-        path, size, dense_size = _quantized(arguments.model, folder, bits)
+        path, size, dense_size = onnx_runtime.quantize(arguments.model, folder, bits)
         yield from records(
             f"ort_int{bits}",
             size / dense_size,
@@ -242,124 +227,6 @@ def _dense(arguments: argparse.Namespace, texts: dict[str, Any]) -> dict[str, Pe
     return found
 
 
-def _quantized(model: Path, folder: Path, bits: int) -> tuple[Path, int, int]:
-    """The dense model with the linear layers of its blocks quantized by ONNX Runtime, to the nearest, symmetric.
-
-    Returns:
-        The file, and the bytes of those layers quantized (values and scales) and dense.
-    """
-    import onnx
-    from onnx import numpy_helper
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-
-    from sslc_export.lowering.lower import lower
-
-    logging.getLogger("onnxruntime").setLevel(logging.WARNING)  # it tells of every node
-    path = folder / "dense.onnx"
-    if not path.is_file():
-        lower(model, path)
-    graph = onnx.load(path)
-    # The quantizer looks for constants: weights are transposed in the file rather than by a node.
-    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
-    transposes = [n for n in graph.graph.node if n.op_type == "Transpose" and n.input[0] in weights]
-    excluded, sizes = [], []
-    for node in transposes:
-        weight = numpy_helper.to_array(weights[node.input[0]])
-        users = [user for user in graph.graph.node if node.output[0] in user.input]
-        if "lm_head" in node.input[0] or "embed" in node.input[0]:
-            excluded += [user.name for user in users]
-        else:
-            sizes.append(weight.shape)
-        graph.graph.initializer.append(numpy_helper.from_array(weight.T.copy(), node.output[0]))
-        graph.graph.node.remove(node)
-    config = DefaultWeightOnlyQuantConfig(block_size=QUANTIZED_BLOCK, is_symmetric=True, bits=bits)
-    quantizer = MatMulNBitsQuantizer(graph, nodes_to_exclude=excluded, algo_config=config)
-    quantizer.process()
-    out = folder / f"int{bits}.onnx"
-    quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
-    dense = sum(4 * N * K for N, K in sizes)
-    blocks = sum(N * -(-K // QUANTIZED_BLOCK) for N, K in sizes)
-    return out, sum(N * K * bits // 8 for N, K in sizes) + 4 * blocks, dense
-
-
-def _line(record: dict[str, Any], default: dict[str, Any] | None = None) -> str:
-    error = "" if record["layer_error"] is None else f"{record['layer_error']:.4f}"
-    return (
-        f"| {record['method']} | {record['budget']:.3f} | {record['budget_in']} | {record['bytes'] / 1e6:.1f} | "
-        f"{record['text']} | {record['perplexity']:.2f} ± {record['standard_error']:.2f} | "
-        f"{record['ratio']:.3f} ± {record['ratio_standard_error']:.3f} | {_over(record, default)} | {error} | "
-        f"{record['seconds']:.0f} |"
-    )
-
-
-def _over(record: dict[str, Any], default: dict[str, Any] | None) -> str:
-    """Its perplexity over the default's on the same chunks; chunks differ far more than methods do on one of them."""
-    if default is None or default is record or not (record.get("chunk_nll") and default.get("chunk_nll")):
-        return ""
-    found = paired_ratio(record["chunk_nll"], default["chunk_nll"])
-    return f"{found.ratio:.3f} ± {found.standard_error:.3f}"
-
-
-def _table(records: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| method | budget | of | MB | text | perplexity | over dense | over the default | layer error | seconds |"
-    yield "|---|---:|---|---:|---|---:|---:|---:|---:|---:|"
-    defaults = {(r["budget"], r["budget_in"], r["text"]): r for r in records if r["method"] == "default"}
-    for record in sorted(records, key=lambda r: (r["text"], r["budget_in"], -r["budget"], r["ratio"])):
-        yield _line(record, defaults.get((record["budget"], record["budget_in"], record["text"])))
-    for text in sorted({r["text"] for r in records}):
-        first = next(r for r in records if r["text"] == text)
-        yield f"\n{text}: {first['tokens']} tokens, dense perplexity {first['perplexity_dense']:.2f}"
-
-
-def _plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Bytes against perplexity, both over dense float32, a panel for each text. What is far off is only named."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot, ticker
-
-    texts, dense = sorted({r["text"] for r in records}), max(r["dense_bytes"] for r in records)
-    figure, axes = pyplot.subplots(1, len(texts), figsize=(5.5 * len(texts), 6), squeeze=False)
-    for axis, text in zip(axes[0], texts, strict=True):
-        rows = [r for r in records if r["text"] == text]
-        shown = [r for r in rows if r["ratio"] <= MOST_SHOWN]
-        for family, style in FAMILIES.items():
-            points = sorted((r["bytes"] / dense, r["ratio"]) for r in shown if _family(r["method"]) == family)
-            axis.plot([x for x, _ in points], [y for _, y in points], style, markersize=5, label=family)
-        axis.set(xlim=(0, 1), xlabel="share of the bytes of the float32 model's layers", ylim=(0.98, MOST_SHOWN))
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(ticker.FixedLocator([1, 1.1, 1.2, 1.3, 1.5, 2, 2.5]))
-        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axis.yaxis.set_minor_locator(ticker.NullLocator())
-        axis.grid(alpha=0.3)
-        lowest = [0.0] * (len(COLUMNS) + 1)
-        for r in sorted(shown, key=lambda r: r["ratio"]):  # labels one above the other, each at its point or higher
-            at = r["bytes"] / dense
-            column = bisect(COLUMNS, at)
-            left, height = column == 1, max(lowest[column] * LABELS_APART, r["ratio"])
-            label = r["method"].removeprefix("default ")
-            for option, short in SHORT.items():
-                label = label.replace(option, short)
-            if r["method"].startswith("default"):
-                label += f", {r['budget']:g}" + " of bytes" * (r["budget_in"] == "bytes")
-            beside = (at + (-0.03 if left else 0.03), height)
-            aligned = {"va": "center", "ha": "right" if left else "left"}
-            axis.annotate(label, (at, r["ratio"]), beside, fontsize=7, arrowprops=THIN, **aligned)
-            lowest[column] = height
-        beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
-        axis.set_title(f"{text}\nbeyond {MOST_SHOWN:g}: {beyond}" if beyond else text, fontsize=9)
-    axes[0][0].set_ylabel("perplexity over the dense model's")
-    axes[0][-1].legend(loc="upper left", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def _family(method: str) -> str:
-    if method.startswith("ort_"):
-        return "dense, fewer bits (ONNX Runtime)"
-    return method if method == "default" else "default, with options" if method.startswith("default ") else "published"
-
-
 def _arguments() -> argparse.Namespace:
     from compress.options import METHODS
 
@@ -383,7 +250,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="records; what is in it is not measured again")
     parser.add_argument("--show", type=Path, metavar="JSON", help="only show these records")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--ort-bits", nargs="*", type=int, choices=BITS, help="of ONNX Runtime's quantization")
+    parser.add_argument(
+        "--ort-bits", nargs="*", type=int, choices=onnx_runtime.BITS, help="of ONNX Runtime's quantization"
+    )
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if not arguments.show and not (arguments.model and arguments.calibration and arguments.held_out):
@@ -391,7 +260,7 @@ def _arguments() -> argparse.Namespace:
     arguments.methods = arguments.methods or (QUICK_METHODS if arguments.quick else ("default", *METHODS))
     arguments.budgets = arguments.budgets or ([0.5] if arguments.quick else [0.7, 0.6, 0.5, 0.4])
     if arguments.ort_bits is None:
-        arguments.ort_bits = () if arguments.quick else BITS
+        arguments.ort_bits = () if arguments.quick else onnx_runtime.BITS
     if arguments.quick:
         arguments.calibration_tokens, arguments.tokens = 8192, 4096
     return arguments

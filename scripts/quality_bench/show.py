@@ -1,0 +1,106 @@
+"""The records of bench_quality as a Markdown table, and as a plot of bytes against perplexity."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from validate.accuracy import paired_ratio
+
+MOST_SHOWN = 3.2  # perplexity over dense
+LABELS_APART = 1.03  # the least factor between two labels
+COLUMNS = (0.3, 0.52)  # of labels: below, between, where they are left of their points, and above
+SHORT = {"values_dtype=": "", "mask_rule=": "", "allocation=": "", "tuning_minutes=": "tuned ", "tuning_of=": ""}
+FAMILIES = {
+    "default": "C1o-",
+    "default, with options": "C1^",
+    "published": "C0s",
+    "dense, fewer bits (ONNX Runtime)": "kD",
+}
+THIN = {"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.6}
+
+
+def line(record: dict[str, Any], default: dict[str, Any] | None = None) -> str:
+    """A row of the table; `default` is the record of the default on the same text, with the same budget."""
+    error = "" if record["layer_error"] is None else f"{record['layer_error']:.4f}"
+    return (
+        f"| {record['method']} | {record['budget']:.3f} | {record['budget_in']} | {record['bytes'] / 1e6:.1f} | "
+        f"{record['text']} | {record['perplexity']:.2f} ± {record['standard_error']:.2f} | "
+        f"{record['ratio']:.3f} ± {record['ratio_standard_error']:.3f} | {_over(record, default)} | {error} | "
+        f"{record['seconds']:.0f} |"
+    )
+
+
+def _over(record: dict[str, Any], default: dict[str, Any] | None) -> str:
+    """Its perplexity over the default's on the same chunks; chunks differ far more than methods do on one of them."""
+    if default is None or default is record or not (record.get("chunk_nll") and default.get("chunk_nll")):
+        return ""
+    found = paired_ratio(record["chunk_nll"], default["chunk_nll"])
+    return f"{found.ratio:.3f} ± {found.standard_error:.3f}"
+
+
+def table(records: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines of the table, the best first within a text and a budget, and what the texts are."""
+    yield "| method | budget | of | MB | text | perplexity | over dense | over the default | layer error | seconds |"
+    yield "|---|---:|---|---:|---|---:|---:|---:|---:|---:|"
+    defaults = {(r["budget"], r["budget_in"], r["text"]): r for r in records if r["method"] == "default"}
+    for record in sorted(records, key=lambda r: (r["text"], r["budget_in"], -r["budget"], r["ratio"])):
+        yield line(record, defaults.get((record["budget"], record["budget_in"], record["text"])))
+    for text in sorted({r["text"] for r in records}):
+        first = next(r for r in records if r["text"] == text)
+        yield f"\n{text}: {first['tokens']} tokens, dense perplexity {first['perplexity_dense']:.2f}"
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Bytes against perplexity, both over dense float32, a panel for each text. What is far off is only named."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot, ticker
+
+    texts, dense = sorted({r["text"] for r in records}), max(r["dense_bytes"] for r in records)
+    figure, axes = pyplot.subplots(1, len(texts), figsize=(5.5 * len(texts), 6), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        rows = [r for r in records if r["text"] == text]
+        shown = [r for r in rows if r["ratio"] <= MOST_SHOWN]
+        for family, style in FAMILIES.items():
+            points = sorted((r["bytes"] / dense, r["ratio"]) for r in shown if _family(r["method"]) == family)
+            axis.plot([x for x, _ in points], [y for _, y in points], style, markersize=5, label=family)
+        axis.set(xlim=(0, 1), xlabel="share of the bytes of the float32 model's layers", ylim=(0.98, MOST_SHOWN))
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.FixedLocator([1, 1.1, 1.2, 1.3, 1.5, 2, 2.5]))
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.grid(alpha=0.3)
+        lowest = [0.0] * (len(COLUMNS) + 1)
+        for r in sorted(shown, key=lambda r: r["ratio"]):  # labels one above the other, each at its point or higher
+            at = r["bytes"] / dense
+            column = bisect(COLUMNS, at)
+            left, height = column == 1, max(lowest[column] * LABELS_APART, r["ratio"])
+            beside = (at + (-0.03 if left else 0.03), height)
+            aligned = {"va": "center", "ha": "right" if left else "left"}
+            axis.annotate(_label(r), (at, r["ratio"]), beside, fontsize=7, arrowprops=THIN, **aligned)
+            lowest[column] = height
+        beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
+        axis.set_title(f"{text}\nbeyond {MOST_SHOWN:g}: {beyond}" if beyond else text, fontsize=9)
+    axes[0][0].set_ylabel("perplexity over the dense model's")
+    axes[0][-1].legend(loc="upper left", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _label(record: dict[str, Any]) -> str:
+    label = record["method"].removeprefix("default ")
+    for option, short in SHORT.items():
+        label = label.replace(option, short)
+    if record["method"].startswith("default"):
+        label += f", {record['budget']:g}" + " of bytes" * (record["budget_in"] == "bytes")
+    return label
+
+
+def _family(method: str) -> str:
+    if method.startswith("ort_"):
+        return "dense, fewer bits (ONNX Runtime)"
+    return method if method == "default" else "default, with options" if method.startswith("default ") else "published"
