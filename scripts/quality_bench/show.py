@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from validate.accuracy import paired_ratio
 
 MOST_SHOWN = 3.2  # perplexity over dense
-LABELS_APART = 1.03  # the least factor between two labels
+LABELS_APART = 1.025  # the least factor between two labels
 COLUMNS = (0.3, 0.52)  # of labels: below, between, where they are left of their points, and above
 SHORT = {"values_dtype=": "", "mask_rule=": "", "allocation=": "", "tuning_minutes=": "tuned ", "tuning_of=": ""}
-FAMILIES = {
-    "default": "C1o-",
-    "default, with options": "C1^",
-    "published": "C0s",
-    "dense, fewer bits (ONNX Runtime)": "kD",
-}
+PEER = "ort_int"  # what ONNX Runtime's quantization is called, before the number of bits
+PEER_NAME = "dense, fewer bits (ONNX Runtime)"
+COLOURS = ("C0", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy", "teal", "gray")  # C1 is the default's
+MARKERS = "sPXvpd*<>h8"
 THIN = {"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.6}
 
 
@@ -54,20 +53,29 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Bytes against perplexity, both over dense float32, a panel for each text. What is far off is only named."""
+    """Bytes against perplexity, both over dense float32, a panel for each text. What is far off is only named.
+
+    A line for each method as published, over its budgets; rows with options are triangles of its colour, with a label.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot, ticker
 
     texts, dense = sorted({r["text"] for r in records}), max(r["dense_bytes"] for r in records)
-    figure, axes = pyplot.subplots(1, len(texts), figsize=(5.5 * len(texts), 6), squeeze=False)
+    series = _series([r for r in records if r["ratio"] <= MOST_SHOWN])
+    figure, axes = pyplot.subplots(1, len(texts), figsize=(5.5 * len(texts), 6.6), squeeze=False)
     for axis, text in zip(axes[0], texts, strict=True):
         rows = [r for r in records if r["text"] == text]
         shown = [r for r in rows if r["ratio"] <= MOST_SHOWN]
-        for family, style in FAMILIES.items():
-            points = sorted((r["bytes"] / dense, r["ratio"]) for r in shown if _family(r["method"]) == family)
-            axis.plot([x for x, _ in points], [y for _, y in points], style, markersize=5, label=family)
+        for name, style in series.items():
+            plain = sorted((r["bytes"] / dense, r["ratio"]) for r in shown if _series_of(r["method"]) == name)
+            axis.plot([x for x, _ in plain], [y for _, y in plain], label=name, **style)
+        labelled = [r for r in shown if _series_of(r["method"]) in (None, PEER_NAME)]
+        for r in labelled:
+            if " " in r["method"]:
+                style = series.get(r["method"].split()[0], {"color": "C7"})
+                axis.plot(r["bytes"] / dense, r["ratio"], "^", markersize=5, color=style["color"])
         axis.set(xlim=(0, 1), xlabel="share of the bytes of the float32 model's layers", ylim=(0.98, MOST_SHOWN))
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(ticker.FixedLocator([1, 1.1, 1.2, 1.3, 1.5, 2, 2.5]))
@@ -75,7 +83,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.grid(alpha=0.3)
         lowest = [0.0] * (len(COLUMNS) + 1)
-        for r in sorted(shown, key=lambda r: r["ratio"]):  # labels one above the other, each at its point or higher
+        for r in sorted(labelled, key=lambda r: r["ratio"]):  # one above the other, each at its point or higher
             at = r["bytes"] / dense
             column = bisect(COLUMNS, at)
             left, height = column == 1, max(lowest[column] * LABELS_APART, r["ratio"])
@@ -86,21 +94,34 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
         axis.set_title(f"{text}\nbeyond {MOST_SHOWN:g}: {beyond}" if beyond else text, fontsize=9)
     axes[0][0].set_ylabel("perplexity over the dense model's")
-    axes[0][-1].legend(loc="upper left", fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=7, fontsize=8)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=120)
 
 
+def _series(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The lines of the plot by what the legend calls them, and how they are drawn."""
+    names = sorted({name for r in records if (name := _series_of(r["method"]))} - {"default", PEER_NAME})
+    published = {
+        name: {"color": colour, "marker": marker, "markersize": 5, "linewidth": 0.8}
+        for name, colour, marker in zip(names, cycle(COLOURS), cycle(MARKERS), strict=False)
+    }
+    return {
+        "default": {"color": "C1", "marker": "o", "markersize": 6, "linewidth": 2},
+        **published,
+        PEER_NAME: {"color": "black", "marker": "D", "markersize": 5, "linestyle": ""},
+    }
+
+
+def _series_of(method: str) -> str | None:
+    """The line that a record belongs to; None for one with options, which stands alone."""
+    return PEER_NAME if method.startswith(PEER) else None if " " in method else method
+
+
 def _label(record: dict[str, Any]) -> str:
+    if record["method"].startswith(PEER):
+        return f"{record['method'].removeprefix(PEER)} bits"
     label = record["method"].removeprefix("default ")
     for option, short in SHORT.items():
         label = label.replace(option, short)
-    if record["method"].startswith("default"):
-        label += f", {record['budget']:g}" + " of bytes" * (record["budget_in"] == "bytes")
-    return label
-
-
-def _family(method: str) -> str:
-    if method.startswith("ort_"):
-        return "dense, fewer bits (ONNX Runtime)"
-    return method if method == "default" else "default, with options" if method.startswith("default ") else "published"
+    return f"{label}, {record['budget']:g}" + " of bytes" * (record["budget_in"] == "bytes")
