@@ -44,8 +44,10 @@ def test_quality_is_measured_once_kept_and_shown_again(script, tiny_folder, text
     assert script(*arguments) == 0
     assert json.loads(file.read_text()) == records
     assert capsys.readouterr().out.strip() == shown.strip()
+    file.write_text(json.dumps([*records, default | {"method": "default mask_rule=2:4"}]))
     assert script("bench_quality", "--show", file, "--plot", plot) == 0
-    assert capsys.readouterr().out.strip() == shown.strip()
+    assert set(shown.strip().splitlines()) < set(lines := capsys.readouterr().out.splitlines())
+    assert any(line.startswith("| default mask_rule=2:4 | ") for line in lines)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
