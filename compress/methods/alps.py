@@ -48,32 +48,34 @@ def admm(W: Tensor, H: Tensor, nnz: int, iterations: int, rule: MaskRule | None 
             rho, dual = faster(rho, dual, changed=int((mask ^ before).sum()) / max(nnz, 1))
             del at_rho  # before the next one is there: with 11008 inputs each takes half a gigabyte
             at_rho, before = inverse(G, rho), mask
-        _, S, dual, mask = step(A, S, dual, rho, at_rho, nnz, rule)
+        mask = step(A, S, dual, rho, at_rho, nnz, rule)[1]
     return S / d, mask
 
 
 def step(
     A: Tensor, S: Tensor, dual: Tensor, rho: float, inverse: Tensor, nnz: int, rule: MaskRule | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """One iteration of ADMM on min ‖(A − S)X‖² with nnz values in S.
 
     Args:
         A: [N, K].
-        S: [N, K], sparse.
-        dual: [N, K], that of B = S, over ρ.
+        S: [N, K], sparse; updated in place.
+        dual: [N, K], that of B = S, over ρ; updated in place.
         rho: ρ.
         inverse: (G + ρ)⁻¹ [K, K] for G = XXᵀ.
         nnz: Values of S.
         rule: Of the mask.
 
     Returns:
-        B, dense; S; the dual; the mask of S.
+        B, dense; the mask of S.
     """
-    B = torch.addmm(A, S - A - dual, inverse, alpha=rho)  # since G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
-    target = B + dual
+    # In place: with 11008 inputs and 4096 outputs each such matrix takes 180 MB.
+    B = torch.addmm(A, (S - A).sub_(dual), inverse, alpha=rho)  # since G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
+    target = dual.add_(B)
     mask = top_overall(target.abs(), nnz, rule)
-    S = target * mask
-    return B, S, target - S, mask
+    S.copy_(target).masked_fill_(~mask, 0)
+    dual.masked_fill_(mask, 0)  # target − S
+    return B, mask
 
 
 def scaled(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,10 +51,10 @@ def solve(
             rho, dual = alps.faster(rho, dual, changed=int((mask ^ before).sum()) / nnz)
             del inverse  # before the next one is there: with 11008 inputs each takes half a gigabyte
             inverse, before = alps.inverse(G, rho), mask
-        S, D, dual, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
-        U, V, basis = low_rank_again(A - S, rank, basis, G)
+        B, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
+        U, V, basis = low_rank_again(A - B, rank, basis, G)
         rest = A - U @ V
-        del S
+        del B
     del inverse, dual, rest, before
     for _ in range(TURNS):
         U, V, basis = low_rank_again(A - D, rank, basis, G)

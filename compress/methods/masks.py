@@ -64,9 +64,11 @@ def _top(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros(scores.shape, dtype=torch.bool)
     # numpy's partition is vectorized and some twenty times as fast as torch.kthvalue or torch.topk here.
-    threshold = torch.from_numpy(np.partition(scores.numpy(), K - count, axis=1)[:, K - count, None])
+    # The copy lets go of the partition, which is as large as the scores.
+    threshold = torch.from_numpy(np.partition(scores.numpy(), K - count, axis=1)[:, K - count, None].copy())
     mask = scores >= threshold
-    if (mask.sum(1) != count).any():  # several are as large as the threshold
+    # Over all rows, as no row has fewer than `count`, and a sum along rows would widen the mask to 64 bits first.
+    if mask.count_nonzero() > count * len(scores):  # several are as large as the threshold
         mask, ties = scores > threshold, scores == threshold
         mask |= ties & (ties.cumsum(1) <= count - mask.sum(1, keepdim=True))
     return mask

@@ -36,7 +36,7 @@ def solve(
     rest, D, dual, before = A, A * mask, torch.zeros_like(A), mask  # rest is A − L
     inverse = alps.inverse(G, rho)
     for iteration in range(1, iterations + 1):
-        S, D, dual, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
+        S, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
         U, V, basis = low_rank_again(A - S, rank, basis, G)
         rest = A - U @ V
         if iteration % EVERY == 0:
