@@ -28,8 +28,10 @@ def by_autograd(folder, tokens, seed):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens, family, tied):
-    folder = save_tiny(tmp_path / "source", family, tie_word_embeddings=tied)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens, family, tied, dtype, monkeypatch):
+    monkeypatch.setattr(importance, "HEAD_ROWS", 40)  # the last rows are fewer
+    folder = save_tiny(tmp_path / "source", family, dtype, tie_word_embeddings=tied)
     source, states = Source.open(folder), tmp_path / "states"
     with torch.no_grad():
         found = importance.measure(source, tokens, tmp_path / "spill", seed=3, states=states)
@@ -50,6 +52,20 @@ def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens
     assert importance.load_state(states, "another") is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "states"]
     assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_of_16_bits_is_multiplied_in_float32(bias, monkeypatch):
+    monkeypatch.setattr(importance, "HEAD_ROWS", 5)
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(13, 8).bfloat16()
+    b, g = torch.randn(13).bfloat16() if bias else None, torch.randn(2, 3, 13)
+    wide = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+    y = importance._WideLinear.apply(x, weight, b)
+    assert y.dtype == torch.float32
+    assert torch.allclose(y.double(), wide, atol=1e-5)
+    (got,), (expected,) = torch.autograd.grad(y, x, g), torch.autograd.grad(wide, x, g.double())
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_states_may_lie_in_a_file(tmp_path, tiny_llama, tokens, monkeypatch):
