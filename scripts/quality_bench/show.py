@@ -6,11 +6,13 @@ from bisect import bisect
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from validate.accuracy import paired_ratio
 
 MOST_SHOWN = 3.2  # perplexity over dense
+TITLE_WIDTH = 80  # characters
 LABELS_APART = 1.025  # the least factor between two labels
 COLUMNS = (0.3, 0.52)  # of labels: below, between, where they are left of their points, and above
 SHORT = {"values_dtype=": "", "mask_rule=": "", "allocation=": "", "tuning_minutes=": "tuned ", "tuning_of=": ""}
@@ -92,7 +94,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
             axis.annotate(_label(r), (at, r["ratio"]), beside, fontsize=7, arrowprops=THIN, **aligned)
             lowest[column] = height
         beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
-        axis.set_title(f"{text}\nbeyond {MOST_SHOWN:g}: {beyond}" if beyond else text, fontsize=9)
+        heading = [text, *wrap(beyond and f"beyond {MOST_SHOWN:g}: {beyond}", TITLE_WIDTH)]
+        axis.set_title("\n".join(heading), fontsize=9)
     axes[0][0].set_ylabel("perplexity over the dense model's")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=7, fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
