@@ -16,7 +16,15 @@ from sslc_export.recipe import load_recipe
 
 R = typing.TypeVar("R", bound=BaseModel)
 
-_METAVARS = {"exclude": "GLOB", "values_of": "GLOB=TYPE", "target": "SM", "batches": "N", "harness_tasks": "TASK"}
+_METAVARS = {
+    "method": "METHOD",
+    "mask_rule": "RULE",
+    "exclude": "GLOB",
+    "values_of": "GLOB=TYPE",
+    "target": "SM",
+    "batches": "N",
+    "harness_tasks": "TASK",
+}
 
 
 def parse(kind: type[R], argv: Sequence[str] | None, description: str, examples: str) -> R:
@@ -53,7 +61,12 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, kind: type[BaseModel]) 
     if isinstance(annotation, types.UnionType):  # `float | None`: None means the default
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     text = (field.description or "").replace("%", "%%")
-    if not field.is_required() and field.default not in (None, False) and field.default_factory is None:
+    if (
+        not field.is_required()
+        and field.default is not None
+        and annotation is not bool
+        and field.default_factory is None
+    ):
         text += f" (default: {field.default})"
     flag = "--" + name.replace("_", "-")
     if annotation is bool:
@@ -65,7 +78,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, kind: type[BaseModel]) 
     else:
         # Numbers stay strings here: the recipe converts them, so that a flag and a file give the same error.
         metavar = {int: "N", float: "X"}.get(annotation, "PATH") if isinstance(annotation, type) else "X"
-        group.add_argument(flag, metavar=metavar, help=text)
+        group.add_argument(flag, metavar=_METAVARS.get(name, metavar), help=text)
 
 
 def run(command: Callable[[], int]) -> int:
