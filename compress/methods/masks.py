@@ -70,5 +70,6 @@ def _top(scores: Tensor, count: int) -> Tensor:
     # Over all rows, as no row has fewer than `count`, and a sum along rows would widen the mask to 64 bits first.
     if mask.count_nonzero() > count * len(scores):  # several are as large as the threshold
         mask, ties = scores > threshold, scores == threshold
-        mask |= ties & (ties.cumsum(1) <= count - mask.sum(1, keepdim=True))
+        missing = count - mask.sum(1, keepdim=True, dtype=torch.int32)  # torch would count in 64 bits
+        mask |= ties & (ties.cumsum(1, dtype=torch.int32) <= missing)
     return mask
