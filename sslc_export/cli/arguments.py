@@ -61,12 +61,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, kind: type[BaseModel]) 
     if isinstance(annotation, types.UnionType):  # `float | None`: None means the default
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     text = (field.description or "").replace("%", "%%")
-    if (
-        not field.is_required()
-        and field.default is not None
-        and annotation is not bool
-        and field.default_factory is None
-    ):
+    if isinstance(field.default, str | int | float) and annotation is not bool:
         text += f" (default: {field.default})"
     flag = "--" + name.replace("_", "-")
     if annotation is bool:

@@ -30,6 +30,7 @@ def test_help_teaches_and_imports_nothing_heavy(command):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "exit code" in result.stdout.lower()
+    assert "Undefined" not in result.stdout
     if command != "doctor":
         assert "examples:" in result.stdout
 
