@@ -117,6 +117,16 @@ def load_state(states: Path, block: str) -> Tensor | None:
     return read_tensor("F", read_header(path)["F"]) if path.is_file() else None
 
 
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index [n] from each row of probabilities [n, V], by where a uniform number falls among their sums.
+
+    torch.multinomial draws a number for every one of the V, and takes nine times as long with 49152 of them.
+    """
+    sums = probabilities.cumsum(-1)
+    uniform = torch.rand(len(sums), 1, generator=generator)  # below 1, so that the last sum is not reached
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0]
+
+
 def _state_file(states: Path, block: str) -> Path:
     return states / f"{block}.safetensors"
 
@@ -162,7 +172,7 @@ def _head_gradient(source: Source, tokens: Tensor, hidden: Tensor, seed: int) ->
             with torch.enable_grad():
                 current[:] = [hidden[index, None].clone().requires_grad_()]
                 logits = model(sequence[None], use_cache=False).logits[0]
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                labels = draw(logits.detach().softmax(-1), generator)
                 functional.cross_entropy(logits, labels, reduction="sum").backward()
             assert current[0].grad is not None
             gradient[index] = current[0].grad[0]

@@ -18,7 +18,7 @@ def by_autograd(folder, tokens, seed):
         layer.register_forward_hook(lambda _, args, y, name=name: seen.__setitem__(name, (args[0], y)))
     for sequence in tokens:
         logits = model(sequence[None]).logits[0]
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        labels = importance.draw(logits.detach().softmax(-1), generator)
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         gradients = torch.autograd.grad(loss, [y for _, y in seen.values()])
         for (name, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
@@ -52,6 +52,16 @@ def test_block_by_block_is_the_backward_pass_of_the_whole_model(tmp_path, tokens
     assert importance.load_state(states, "another") is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "states"]
     assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+def test_labels_are_drawn_as_often_as_they_are_likely():
+    generator = torch.Generator().manual_seed(0)
+    likely = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = importance.draw(likely.expand(20000, -1), generator)
+    often = torch.bincount(drawn, minlength=6) / len(drawn)
+    assert (often[likely == 0] == 0).all()
+    assert ((often - likely).abs() <= 4 * (likely * (1 - likely) / len(drawn)).sqrt()).all()
+    assert importance.draw(torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), generator).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("bias", [False, True])
