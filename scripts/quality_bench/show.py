@@ -62,8 +62,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import patheffects, pyplot, ticker
 
+    halo = [patheffects.withStroke(linewidth=1.5, foreground="white")]  # of labels, where lines cross them
     texts, dense = sorted({r["text"] for r in records}), max(r["dense_bytes"] for r in records)
     series = _series([r for r in records if r["ratio"] <= MOST_SHOWN])
     figure, axes = pyplot.subplots(1, len(texts), figsize=(5.5 * len(texts), 6.6), squeeze=False)
@@ -91,7 +92,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
             left, height = column == 1, max(lowest[column] * LABELS_APART, r["ratio"])
             beside = (at + (-0.03 if left else 0.03), height)
             aligned = {"va": "center", "ha": "right" if left else "left"}
-            axis.annotate(_label(r), (at, r["ratio"]), beside, fontsize=7, arrowprops=THIN, **aligned)
+            axis.annotate(
+                _label(r), (at, r["ratio"]), beside, fontsize=7, arrowprops=THIN, path_effects=halo, **aligned
+            )
             lowest[column] = height
         beyond = ", ".join(sorted({r["method"] for r in rows if r not in shown}))
         heading = [text, *wrap(beyond and f"beyond {MOST_SHOWN:g}: {beyond}", TITLE_WIDTH)]
