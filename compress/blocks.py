@@ -23,6 +23,7 @@ from compress.layer import keep_decoded
 from compress.source import Source, assign
 
 TOKENS_PER_BATCH = 2048  # Bounds the activations inside a block; more tokens at once were not faster.
+GRAM_STRIP = 192  # Columns of a Gram matrix that are added to at a time; 96 to 384 were about as fast.
 SPILL_BYTES = 256 << 20  # Hidden states larger than this live in a file.
 
 
@@ -131,10 +132,16 @@ def collect_inputs(
     def add_to_gram(name: str, x: Tensor) -> None:
         if name not in grams:
             grams[name] = torch.zeros(x.shape[1], x.shape[1])
-        grams[name].addmm_(x.T, x, alpha=1 / tokens)
+        for first in range(0, x.shape[1], GRAM_STRIP):  # the upper triangle, as the Gram matrix is symmetric
+            end = first + GRAM_STRIP
+            grams[name][:end, first:end].addmm_(x[:, :end].T, x[:, first:end], alpha=1 / tokens)
 
     if gram:
         _observe(block, seen, call, hidden[:solving], add_to_gram)
+        for G in grams.values():
+            for first in range(0, len(G), GRAM_STRIP):
+                end = first + GRAM_STRIP
+                G[end:, first:end] = G[first:end, end:].T
     _observe(block, seen, call, hidden[solving:], lambda name, x: kept[name].append(x))
     inputs = {name: LayerInputs(grams.get(name), torch.cat(xs)) for name, xs in kept.items()}
     return {name: inputs[leader] for name, leader in leaders.items()}

@@ -86,8 +86,8 @@ def forecast(source: Source, options: CompressOptions, rate: float | None = None
     head = source.model.get_output_embeddings().weight
     if options.allocation != "uniform" and tokens:
         operations += 6 * head.numel() * min(solving, importance.TOKENS)
-        # The head, and logits, their gradient and probabilities for a sequence.
-        memory = max(memory, head.numel() * head.itemsize + 16 * options.sequence_length * head.shape[0])
+        # The head, and logits, probabilities and their sums for a sequence.
+        memory = max(memory, head.numel() * head.itemsize + 12 * options.sequence_length * head.shape[0])
     states = 4 * tokens * d
     memory += _PROCESS + (1 + (refining > 0)) * states * (states <= SPILL_BYTES)
     return Forecast(operations / (_EFFICIENCY * (rate or measure_rate())), memory)

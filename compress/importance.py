@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from compress.architectures import linear_shape, linears
 from compress.blocks import BlockCall, batches, block_output, embed, return_freed_memory, run, spilled_bytes
@@ -171,9 +170,10 @@ def _head_gradient(source: Source, tokens: Tensor, hidden: Tensor, seed: int) ->
         for index, sequence in enumerate(tokens):
             with torch.enable_grad():
                 current[:] = [hidden[index, None].clone().requires_grad_()]
-                logits = model(sequence[None], use_cache=False).logits[0]
-                labels = draw(logits.detach().softmax(-1), generator)
-                functional.cross_entropy(logits, labels, reduction="sum").backward()
+                logits = model(sequence[None], use_cache=False).logits
+                slope = logits.detach()[0].softmax(-1)  # of −log p(label) at the logits: p, less 1 at the label
+                slope[torch.arange(len(sequence)), draw(slope, generator)] -= 1
+                logits.backward(slope[None])
             assert current[0].grad is not None
             gradient[index] = current[0].grad[0]
     finally:

@@ -29,11 +29,16 @@ class TrainableLinear(nn.Module):
         """Y [..., N] of X [..., K]."""
         N, K = self.shape
         S = self.values.new_zeros(N * K).scatter(0, self.places, self.values).view(N, K)
-        y = functional.linear(x, S, self.bias)
         if not self.U.shape[1]:
-            return y
-        # Not in bfloat16: oneDNN compiles and keeps kernels for every shape, and nearly every layer has a rank of its
-        # own. Block after block of SmolLM2 that took 8 to 20 MB more.
+            return functional.linear(x, S, self.bias)
+        # U and V not in bfloat16: oneDNN compiles and keeps kernels for every shape, and nearly every layer has a rank
+        # of its own. Block after block of SmolLM2 that took 8 to 20 MB more.
+        if self.values.requires_grad:
+            # The values take the gradient of a dense weight in any case, and with that those of U and V are cheap.
+            with torch.autocast("cpu", enabled=False):
+                weight = torch.addmm(S, self.U, self.V)
+            return functional.linear(x, weight, self.bias)
+        y = functional.linear(x, S, self.bias)
         with torch.autocast("cpu", enabled=False):
             return y + functional.linear(functional.linear(x.float(), self.V), self.U).to(y.dtype)
 

@@ -73,8 +73,8 @@ def step(
     B = torch.addmm(A, (S - A).sub_(dual), inverse, alpha=rho)  # since G(G + ρ)⁻¹ = 1 − ρ(G + ρ)⁻¹
     target = dual.add_(B)
     mask = top_overall(target.abs(), nnz, rule)
-    S.copy_(target).masked_fill_(~mask, 0)
-    dual.masked_fill_(mask, 0)  # target − S
+    torch.mul(target, mask, out=S)  # masked_fill_ takes four times as long
+    dual.sub_(S)
     return B, mask
 
 

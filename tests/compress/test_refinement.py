@@ -104,13 +104,35 @@ def test_products_are_in_bfloat16_where_the_processor_is_faster_at_them(monkeypa
         assert torch.is_autocast_enabled("cpu") == faster
 
 
-def test_low_rank_parts_are_not_multiplied_in_bfloat16():
+@pytest.mark.parametrize("values_too", [True, False])
+def test_low_rank_parts_are_not_multiplied_in_bfloat16(values_too):
     # A kernel for every rank would be compiled and kept.
     generator = torch.Generator().manual_seed(0)
     x, U, V = (torch.randn(shape, generator=generator) for shape in [(5, 48), (32, 3), (3, 48)])
     bitmap, values = pack(torch.zeros(32, 48), torch.zeros(32, 48, dtype=torch.bool))
     layer = TrainableLinear(LowRankSparseLinear.from_parts(bitmap, values, U, V))
+    layer.values.requires_grad_(values_too)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, (x @ V.T @ U.T).bfloat16())
+    wanted = x.bfloat16() @ (U @ V).bfloat16().T if values_too else (x @ V.T @ U.T).bfloat16()
+    assert torch.equal(y, wanted)
+
+
+def test_trained_factors_have_the_same_gradients_with_values_and_without():
+    generator = torch.Generator().manual_seed(0)
+    x, S, U, V, bias = (  # whole numbers, so that all sums are exact
+        torch.randint(-2, 3, shape, generator=generator).float()
+        for shape in [(7, 48), (32, 48), (32, 3), (3, 48), (32,)]
+    )
+    mask = S != 0
+    found = []
+    for values_too in (True, False):
+        layer = TrainableLinear(LowRankSparseLinear.from_parts(*pack(S, mask), U, V, bias))
+        layer.values.requires_grad_(values_too)
+        y = layer(x)
+        y.square().sum().backward()
+        found.append([y, layer.U.grad, layer.V.grad, layer.bias.grad])
+        if values_too:
+            assert torch.equal(layer.values.grad, (2 * y.T @ x)[mask])
+    assert all(map(torch.equal, *found))
