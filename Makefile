@@ -37,8 +37,9 @@ $(VENV)/.harness: $(VENV)/.ready
 demo: setup
 	@$(VENV)/bin/python scripts/demo.py
 
+# A process per core, and one thread in each, so that they do not wait for each other; a file's tests share what is costly.
 test: setup $(VENV)/.harness
-	@$(VENV)/bin/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 test-slow: setup $(VENV)/.harness
 	@$(VENV)/bin/python -m pytest -m slow
