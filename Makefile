@@ -37,9 +37,10 @@ $(VENV)/.harness: $(VENV)/.ready
 demo: setup
 	@$(VENV)/bin/python scripts/demo.py
 
-# A process per core, and one thread in each, so that they do not wait for each other; a file's tests share what is costly.
+# A process per core, about 1 GiB each, with one thread, so that they do not wait for each other. A file's tests stay
+# together, as they share what is costly.
 test: setup $(VENV)/.harness
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: setup $(VENV)/.harness
 	@$(VENV)/bin/python -m pytest -m slow

@@ -74,7 +74,7 @@ def step(
     target = dual.add_(B)
     mask = top_overall(target.abs(), nnz, rule)
     torch.mul(target, mask, out=S)  # masked_fill_ takes four times as long
-    dual.sub_(S)
+    dual.sub_(S)  # target − S
     return B, mask
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import compress
 import compress.hf  # teaches transformers to load compressed folders
 from compress import sequential
-from compress.blocks import collect_inputs, embed, run
+from compress.blocks import GRAM_STRIP, BlockCall, collect_inputs, embed, run
 from compress.calibration import hold_out
 from compress.format import Checkpoint
 from compress.layer import LowRankSparseLinear, keep_decoded
@@ -507,3 +507,14 @@ def test_links_in_the_source_are_followed(tmp_path, tiny_llama):
     shutil.rmtree(tiny_llama)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     compress.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("K", [1, GRAM_STRIP - 1, GRAM_STRIP, GRAM_STRIP + 1, 3 * GRAM_STRIP - 5])
+def test_gram_matrices_are_whole_where_they_are_wider_than_a_strip(K):
+    block = torch.nn.Sequential(torch.nn.Linear(K, 2))
+    hidden = torch.randn(5, 7, K, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = collect_inputs(block, {"0": block[0]}, BlockCall((), {}), hidden, 4, gram=True)["0"]
+    X = hidden[:4].reshape(-1, K).double()
+    torch.testing.assert_close(found.gram.double(), X.T @ X / len(X), atol=1e-5, rtol=0)
+    assert torch.equal(found.held_out, hidden[4])
