@@ -99,9 +99,9 @@ def main() -> int:
     done = json.loads(path.read_text()) if path and path.is_file() else []
     if not arguments.show:
         _extend(done, arguments)
-    print("\n" + "\n".join(show.table(done)))
-    if arguments.plot:
+    if arguments.plot:  # before the table, whose reader may hang up
         show.plot(done, arguments.plot)
+    print("\n" + "\n".join(show.table(done)))
     return 0
 
 
