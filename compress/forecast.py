@@ -19,6 +19,7 @@ from compress.calibration import HELD_OUT_EVERY
 from compress.options import METHODS, CompressOptions
 from compress.refinement import TOKENS_PER_STEP
 from compress.source import Source
+from compress.threads import side_by_side
 from compress.trainable import has_fast_products
 
 # Products of [N, K] by [K, K] that take as long as solving a layer without a low-rank part, and with one.
@@ -109,9 +110,9 @@ def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
 def _block_memory(shapes: list[tuple[int, int]], grams: int, d: int, options: CompressOptions, refining: bool) -> int:
     """Bytes while a block is worked on: it is solved with its Gram matrices, and then refined without them."""
     weights = sum(N * K for N, K in shapes)
-    N, K = max(shapes, key=lambda shape: shape[0] * shape[1] + shape[1] ** 2)
-    square = 5 * K * K if PRODUCTS[options.method][0] > 3 else K * K
-    solving = 4 * (grams + 8 * N * K + square)
+    squares = 5 if PRODUCTS[options.method][0] > 3 else 1
+    layers = sorted((8 * N * K + squares * K * K for N, K in shapes), reverse=True)
+    solving = 4 * (grams + sum(layers[: 2 if side_by_side(shapes) else 1]))
     kept = options.budget * weights
     # Values, their gradients, two moments and what they were; where they go; S and its gradient, dense; activations.
     activations = 4 * TOKENS_PER_STEP * (20 * d + 4 * max(N for N, _ in shapes))

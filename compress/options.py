@@ -86,7 +86,7 @@ class CompressOptions:
             from the calibration sources (`compress.tuning`). Needs both models in memory; the result depends on how
             far the machine gets. 0 for none.
         tuning_of: "all": kept values, U, V, biases and norms. "factors": U and V alone, as the paper.
-        seed: Of the choice of text and of the randomized SVD.
+        seed: Of the choice of text, of the labels that importance draws, and of the order of text in refinement.
         exclude: Patterns (`*.mlp.down_proj`, fnmatch) of layers that stay dense.
         overwrite: Replace an existing output, and drop interrupted work that was begun with other options.
 
@@ -105,7 +105,7 @@ class CompressOptions:
     rank: int | None = None
     mask_rule: str = FREE
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 28672
     sequence_length: int = 512
     refinement: int = 1
     tuning_minutes: float = 0.0

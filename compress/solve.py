@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import budget
-from compress.architectures import linears, output_rows
+from compress.architectures import linear_shape, linears, output_rows
 from compress.blocks import LayerInputs
 from compress.budget import LayerPlan
 from compress.importance import Importance
@@ -42,6 +39,7 @@ from compress.report import LayerReport
 from compress.rounding import round_in_norm
 from compress.rules import MaskRule, parse_rule
 from compress.source import assign
+from compress.threads import side_by_side, two_at_a_time
 
 SOLVERS: dict[str, Any] = {
     "magnitude": magnitude.solve,
@@ -89,27 +87,31 @@ def solve_block(
     options: CompressOptions,
 ) -> dict[str, Solved]:
     """Replaces the linear layers of a block by compressed ones, in float32 whatever will be stored."""
-    solved, rule = {}, parse_rule(options.mask_rule)
-    for layer, linear in linears(block).items():
-        full = f"{name}.{layer}"
+    dense, rule = linears(block), parse_rule(options.mask_rule)
+
+    def solve(layer: str) -> tuple[nn.Module, Solved]:
+        full, linear = f"{name}.{layer}", dense[layer]
         plan, weight = plans[full], output_rows(linear, stored[f"{full}.weight"])
         if plan.dense_reason:
-            solved[layer] = Solved(plan, weight)
-            continue
+            return linear, Solved(plan, weight)
         if rule and plan.nnz > rule.most(*weight.shape):
             plan = replace(plan, nnz=rule.most(*weight.shape))
         began, W = time.perf_counter(), weight.float().contiguous()
         gram = inputs[layer].gram if layer in inputs else None
         scale = _row_scale(importance[full].outputs) if full in importance else None
-        block.set_submodule(layer, _solve(full, W, linear.bias, gram, scale, plan, options))  # type: ignore[arg-type]
-        solved[layer] = Solved(
-            plan,
-            weight,
-            time.perf_counter() - began,
-            scale,
-            _mask_cost(W, gram, plan.nnz, rule) if rule else None,
-        )
-    return solved
+        compressed = _solve(full, W, linear.bias, gram, scale, plan, options)  # type: ignore[arg-type]
+        cost = _mask_cost(W, gram, plan.nnz, rule) if rule else None
+        return compressed, Solved(plan, weight, time.perf_counter() - began, scale, cost)
+
+    shapes = {layer: linear_shape(linear) for layer, linear in dense.items()}
+    if side_by_side(shapes.values()):
+        order = sorted(dense, key=lambda layer: -shapes[layer][0] * shapes[layer][1] ** 2)  # the longest first
+        done = dict(zip(order, two_at_a_time(solve, order), strict=True))
+    else:
+        done = {layer: solve(layer) for layer in dense}
+    for layer in dense:
+        block.set_submodule(layer, done[layer][0])
+    return {layer: done[layer][1] for layer in dense}
 
 
 def store_block(
@@ -139,8 +141,7 @@ def store_block(
         del stored[f"{full}.weight"]
         began = time.perf_counter()
         gram = inputs[layer].gram if layer in inputs else None
-        with _seeded(full, options):
-            compressed = _to_stored(block.get_submodule(layer), gram, found.row_scale, values_dtype)  # type: ignore[arg-type]
+        compressed = _to_stored(block.get_submodule(layer), gram, found.row_scale, values_dtype)  # type: ignore[arg-type]
         block.set_submodule(layer, compressed)
         names = ("bitmap", "values", "U", "V", *(() if compressed.scales is None else ("scales",)))
         parts = {f"{full}.{part}": getattr(compressed, part) for part in names}
@@ -182,23 +183,13 @@ def _solve(
     With √F [N, 1], `row_scale`, the method sees diag(√F)·W: what it minimises over rows and columns is then weighted by
     how much the model's output depends on each output of the layer.
     """
-    with _seeded(name, options):
-        scale = torch.ones(W.shape[0], 1) if row_scale is None else row_scale
-        rule = parse_rule(options.mask_rule)
-        mask, S, U, V = SOLVERS[options.method](scale * W, gram, plan.nnz, plan.rank, rule)
+    scale = torch.ones(W.shape[0], 1) if row_scale is None else row_scale
+    mask, S, U, V = SOLVERS[options.method](scale * W, gram, plan.nnz, plan.rank, parse_rule(options.mask_rule))
     S, U = S / scale, U / scale
     for part in (S, U, V):
         if not torch.isfinite(part).all():
             raise ArithmeticError(f"{options.method} made values of {name} that are not finite")
     return LowRankSparseLinear.from_parts(*pack(S, mask), U.contiguous(), V.contiguous(), bias)
-
-
-@contextmanager
-def _seeded(name: str, options: CompressOptions) -> Iterator[None]:
-    """A seed for each layer, not one for the run: a resumed run draws the same numbers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed + zlib.crc32(name.encode()))
-        yield
 
 
 def _to_stored(

@@ -21,7 +21,7 @@ from sslc_common.files import remove, sha256
 MANIFEST = "manifest.json"
 
 # Part of the manifest: raise it when a change makes finished blocks differ from what a rerun would write.
-ALGORITHM_VERSION = 12
+ALGORITHM_VERSION = 13
 
 
 @dataclass

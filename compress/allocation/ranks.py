@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.methods.linalg import randomized_svd
 from compress.methods.masks import project
 from compress.rules import MaskRule
 
@@ -44,9 +45,7 @@ def candidate_ranks(A: Tensor, room: int, factor_cost: int) -> list[int]:
 
 def leading(A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [N, q], s [q], V [K, q]: q ≥ rank leading directions of A, by a randomized SVD of a fixed seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return torch.svd_lowrank(A, min(rank + _OVERSAMPLING, *A.shape), niter=2)
+    return randomized_svd(A, min(rank + _OVERSAMPLING, *A.shape))
 
 
 def losses(

@@ -21,6 +21,7 @@ from compress.rules import MaskRule
 # On nine layers of SmolLM2, 60 iterations left 0.2 % less error in a third more time; 36, 6 % more.
 ITERATIONS = 48
 EVERY = 6  # iterations, ρ is renewed
+DIRECTIONS = 1.5  # of each SVD, over the rank: 3 left 0.1 % less error and took a seventh longer
 TURNS = 2  # of least squares: the best L for S, then the values of S on its mask for L
 LEAST_SQUARES = 5  # steps of conjugate gradients in each
 # Of XXᵀ towards its diagonal: how inputs go together differs from one kind of text to another more than how large they
@@ -52,11 +53,11 @@ def solve(
             del inverse  # before the next one is there: with 11008 inputs each takes half a gigabyte
             inverse, before = alps.inverse(G, rho), mask
         B, mask = alps.step(rest, D, dual, rho, inverse, nnz, rule)
-        U, V, basis = low_rank_again(A - B, rank, basis, G)
+        U, V, basis = low_rank_again(A - B, rank, basis, G, DIRECTIONS)
         rest = A - U @ V
         del B
     del inverse, dual, rest, before
     for _ in range(TURNS):
-        U, V, basis = low_rank_again(A - D, rank, basis, G)
+        U, V, basis = low_rank_again(A - D, rank, basis, G, DIRECTIONS)
         D = least_squares_on_support(A - U @ V, mask, D, G, LEAST_SQUARES)
     return Solution(mask, D / d, U, V / d)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 DAMPING = 0.01  # Share of the mean of H's diagonal that is added to it, as in SparseGPT.
+_SEEDING = threading.Lock()
 
 
 def input_norms(H: Tensor) -> Tensor:
@@ -33,11 +36,21 @@ def low_rank(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left, s, right = torch.linalg.svd(A, full_matrices=False)
         right = right.T
     elif rank:
-        left, s, right = torch.svd_lowrank(A, columns, niter=2)
+        left, s, right = randomized_svd(A, columns)
     else:
         return A.new_zeros(A.shape[0], 0), A.new_zeros(0, A.shape[1])
     root = s[:rank].sqrt()
     return left[:, :rank] * root, (right[:, :rank] * root).T.contiguous()
+
+
+def randomized_svd(A: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.svd_lowrank` with two power steps and always the same numbers, layers being solved side by side or not.
+
+    It draws from the generator that all threads share, and takes no other.
+    """
+    with _SEEDING, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(A, columns, niter=2)
 
 
 def whitened_low_rank(W: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +60,7 @@ def whitened_low_rank(W: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def low_rank_again(
-    A: Tensor, rank: int, basis: Tensor | None, G: Tensor | None = None
+    A: Tensor, rank: int, basis: Tensor | None, G: Tensor | None = None, directions: float = 3
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `low_rank`, for a matrix that is a little other than in the last turn: for methods that take an SVD in each.
 
@@ -60,17 +73,18 @@ def low_rank_again(
         rank: r.
         basis: [K, directions] of the last turn; None in the first.
         G: X·Xᵀ [K, K], positive definite, to approximate A best in ‖·X‖; None for the Frobenius norm.
+        directions: How many there are for each that is wanted.
 
     Returns:
         U [N, r], V [r, K] and the basis for the next turn.
     """
-    columns = _columns(A, rank, 3)
+    columns = _columns(A, rank, directions)
     if columns is None or rank == 0:
         U, V = low_rank(A, rank) if G is None else whitened_low_rank(A, torch.linalg.cholesky(G), rank)
         return U, V, None
     steps = 1 if basis is not None else 3
     if basis is None:
-        basis = torch.randn(A.shape[1], columns, dtype=A.dtype)
+        basis = torch.randn(A.shape[1], columns, dtype=A.dtype, generator=torch.Generator().manual_seed(0))
     for _ in range(steps):
         Q = torch.linalg.qr(A @ basis).Q
         inside = Q.T @ A
@@ -82,7 +96,7 @@ def low_rank_again(
     return Q @ (left * size), (left.T @ inside) / size[:, None], basis
 
 
-def _columns(A: Tensor, rank: int, times: int) -> int | None:
+def _columns(A: Tensor, rank: int, times: float) -> int | None:
     """Directions of a randomized SVD; None where they are more than half of all, and an exact one is no slower.
 
     Eight more than are wanted do where the singular values fall fast (Halko, Martinsson and Tropp 2011). Those of
@@ -90,7 +104,7 @@ def _columns(A: Tensor, rank: int, times: int) -> int | None:
     as many within 0.1 %. Over the 80 turns of OATS with 2:4, twice as many ended with 0.8 % more error than exact SVDs,
     three times as many within 0.1 %.
     """
-    columns = times * max(rank, 8)
+    columns = round(times * max(rank, 8))
     return None if rank and columns > min(A.shape) // 2 else columns
 
 
