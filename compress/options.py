@@ -78,7 +78,7 @@ class CompressOptions:
         mask_rule: "free", or "CAP:GROUP": at most CAP values in each aligned GROUP columns of a row (`compress.rules`).
             A layer that would keep more than CAP/GROUP of its entries keeps as many as the rule allows.
         calibration: Text files, folders of .txt files, or Hugging Face dataset names, mixed evenly.
-        calibration_tokens: How many tokens of them are used; an eighth is held out to measure errors.
+        calibration_tokens: How many tokens of them are used; one sequence of 13 is held out to measure errors.
         sequence_length: Tokens per calibration sequence.
         refinement: How many times each block, once its layers are solved, is fitted as a whole to the dense model's
             hidden states on the calibration text (`compress.refinement`). 0 for never, and without text.
@@ -105,7 +105,7 @@ class CompressOptions:
     rank: int | None = None
     mask_rule: str = FREE
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 28672
+    calibration_tokens: int = 30720
     sequence_length: int = 512
     refinement: int = 1
     tuning_minutes: float = 0.0

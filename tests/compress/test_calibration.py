@@ -140,10 +140,16 @@ def test_a_dataset_is_read_through_its_package(monkeypatch, tokenizer_folder, so
     assert draw(source, tokenizer_folder).shape == (4, 16)
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (7, 1), (8, 1), (9, 1), (16, 2), (33, 4)])
-def test_an_eighth_of_the_sequences_is_held_out(count, held_out):
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (12, 1), (13, 1), (14, 1), (26, 2), (60, 4)])
+def test_one_sequence_of_thirteen_is_held_out(count, held_out):
     tokens = torch.arange(count)[:, None].repeat(1, 3)
     ordered, solving = hold_out(tokens)
     assert solving == count - held_out
     assert sorted(ordered[:, 0].tolist()) == list(range(count))
     assert ordered[:solving, 0].tolist() == sorted(ordered[:solving, 0].tolist())
+
+
+@pytest.mark.parametrize("sources", [2, 3, 4])
+def test_sequences_of_every_source_are_held_out(sources):
+    ordered, solving = hold_out(torch.arange(60)[:, None] % sources)
+    assert set(ordered[solving:, 0].tolist()) == set(range(sources))

@@ -229,7 +229,7 @@ def test_the_held_out_error_is_the_error_of_the_layers_output(tmp_path, tiny_lla
     model = compress.load(tiny_llama)
     seen = []
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    logits(model, tokens[-1:])  # the eighth sequence, the only one held out
+    logits(model, tokens[-1:])  # the last sequence, the only one held out
     with torch.no_grad():
         expected = (dense(seen[0]) - packed(seen[0])).norm() / dense(seen[0]).norm()
     assert report.layers[0].name == name
