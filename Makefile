@@ -38,10 +38,9 @@ demo: setup
 	@$(VENV)/bin/python scripts/demo.py
 
 # A process per core, about 1 GiB each, with one thread, so that they do not wait for each other. A file's tests stay
-# together, as they share what is costly; the longest file comes first, so that none is alone at the end.
+# together, as they share what is costly.
 test: setup $(VENV)/.harness
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 \
-		--dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: setup $(VENV)/.harness
 	@$(VENV)/bin/python -m pytest -m slow

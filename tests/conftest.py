@@ -11,11 +11,6 @@ from tests.compress.models import save_tiny
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
-    """The longest file first: with a process per core, none is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A LLaMA of three blocks whose tokens are bytes."""
