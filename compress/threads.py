@@ -7,7 +7,8 @@ of work with a thread each do not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -35,8 +36,17 @@ def two_at_a_time(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> l
         with torch.set_grad_enabled(gradients):
             return work(item)
 
+    futures = [_pool().submit(on_half, item) for item in items]
     try:
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(on_half, items))
+        return [future.result() for future in futures]
     finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
         torch.set_num_threads(threads)  # of threads that begin later
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """The same two threads for the whole process: what libraries keep for a thread they keep once."""
+    return ThreadPoolExecutor(2)
