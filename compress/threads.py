@@ -1,19 +1,18 @@
 """Two pieces of work side by side, each on half of PyTorch's threads.
 
-On small matrices two threads spend much of their time waiting for each other, at the end of every operation. Two pieces
-of work with a thread each do not.
+Products of matrices use all threads well, but small QR factors, eigenproblems and the choice of a mask use one. Side by
+side, the other thread has work meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-SMALL = 4 << 20  # Entries of a layer's largest matrix up to which it pays, and costs little memory.
+SMALL = 4 << 20  # Entries of a layer's largest matrix up to which it pays; on SmolLM2 it takes 0.1 GiB.
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -32,21 +31,12 @@ def two_at_a_time(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> l
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
 
     def on_half(item: _Item) -> _Result:
-        torch.set_num_threads(threads // 2)  # of the thread that calls it, as is the next
+        torch.set_num_threads(threads // 2)  # MKL's are the whole process's, OpenMP's this thread's
         with torch.set_grad_enabled(gradients):
             return work(item)
 
-    futures = [_pool().submit(on_half, item) for item in items]
     try:
-        return [future.result() for future in futures]
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(on_half, items))
     finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
-        torch.set_num_threads(threads)  # of threads that begin later
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    """The same two threads for the whole process: what libraries keep for a thread they keep once."""
-    return ThreadPoolExecutor(2)
+        torch.set_num_threads(threads)  # which MKL has forgotten

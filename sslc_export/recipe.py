@@ -108,7 +108,7 @@ class CompressRecipe(_Recipe):
     exclude: list[str] = Field(
         default_factory=list, description="layers to leave dense, by a glob on their names; may be repeated"
     )
-    seed: int = Field(0, description="seed of the choice of calibration text and of its order")
+    seed: int = Field(0, description="seed of the choice and order of calibration text, and of importance")
     overwrite: bool = Field(False, description="replace outputs that exist")
 
 
