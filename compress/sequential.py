@@ -74,10 +74,12 @@ def compress_blocks(
                 if hidden is not None:
                     gram = METHODS[options.method].calibrated or rounding
                     inputs = collect_inputs(block, linears(block), calls[index], hidden, solving, gram)
+                return_freed_memory()  # what each step freed, so that a block's peak is one step's and not their sum
                 solved = solve_block(block, name, stored, inputs, importance, plans, options)
                 if not rounding:  # nothing else needs them any more
                     for seen in inputs.values():
                         seen.gram = None
+                return_freed_memory()
                 if hidden is not None and dense is not None:
                     F = load_state(work.folder / STATES, name)
                     refine(block, name, calls[index], hidden, dense, solving, F, options.refinement, options.seed)
