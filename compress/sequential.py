@@ -83,6 +83,7 @@ def compress_blocks(
                 if hidden is not None and dense is not None:
                     F = load_state(work.folder / STATES, name)
                     refine(block, name, calls[index], hidden, dense, solving, F, options.refinement, options.seed)
+                return_freed_memory()
                 rows = store_block(block, name, stored, inputs, solved, options)
                 write_shard(shard, stored)
                 work.finish_block(rows)
