@@ -5,7 +5,7 @@ r"""Bytes against perplexity: every method at the same budgets, beside ONNX Runt
         --held-out wiki=wiki.heldout.txt --held-out speeches=speeches.heldout.txt --json quality.json --plot quality.png
     python scripts/bench_quality.py ... --quick                one budget, few methods, few tokens
     python scripts/bench_quality.py ... --methods default --set allocation=owl --set mask_rule=2:4     more rows
-    python scripts/bench_quality.py --show quality.json --plot quality.png             table and plot of earlier runs
+    python scripts/bench_quality.py --show quality.json --plot quality.png             tables and plot of earlier runs
 
 `default` is what sslc-compress does when nothing is chosen. The other methods run as published: the same budget for
 every layer. All see the same calibration text. Perplexity ratios, over the dense model's and over the default's, are
@@ -93,7 +93,7 @@ class Record:
 
 
 def main() -> int:
-    """Measures what is missing, prints the table, writes the plot."""
+    """Measures what is missing, prints the tables, writes the plot."""
     arguments = _arguments()
     path = arguments.show or arguments.json
     done = json.loads(path.read_text()) if path and path.is_file() else []
@@ -101,7 +101,7 @@ def main() -> int:
         _extend(done, arguments)
     if arguments.plot:  # before the table, whose reader may hang up
         show.plot(done, arguments.plot)
-    print("\n" + "\n".join(show.table(done)))
+    print("\n" + "\n".join([*show.table(done), *show.overview(done)]))
     return 0
 
 

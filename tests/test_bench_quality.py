@@ -40,6 +40,8 @@ def test_quality_is_measured_once_kept_and_shown_again(script, tiny_folder, text
     shown = capsys.readouterr().out.partition("\n\n")[2]
     cells = {line.split(" | ")[0]: line.split(" | ") for line in shown.splitlines() if " | text | " in line}
     assert ["±" in cells[f"| {method}"][7] for method in ("default", "wanda", "ort_int8")] == [False, True, False]
+    assert "\n| text | 60% of the params |\n|---|---:|\n" in shown
+    assert f"\n| wanda | {wanda['ratio']:.3f} ± " in shown
 
     assert script(*arguments) == 0
     assert json.loads(file.read_text()) == records

@@ -1,11 +1,13 @@
-"""The records of bench_quality as a Markdown table, and as a plot of bytes against perplexity."""
+"""The records of bench_quality as Markdown tables, and as a plot of bytes against perplexity."""
 
 from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterator
 from itertools import cycle
+from math import log
 from pathlib import Path
+from statistics import fmean
 from textwrap import wrap
 from typing import Any
 
@@ -52,6 +54,26 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
     for text in sorted({r["text"] for r in records}):
         first = next(r for r in records if r["text"] == text)
         yield f"\n{text}: {first['tokens']} tokens, dense perplexity {first['perplexity_dense']:.2f}"
+
+
+def overview(records: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines of a table for each text: methods as published over budgets, perplexity over the dense model's."""
+    published = [r for r in records if _series_of(r["method"]) == r["method"]]
+    plain = {(r["text"], r["method"], r["budget_in"], r["budget"]): r for r in published}
+    budgets = sorted({key[2:] for key in plain}, key=lambda budget: (budget[0] == "bytes", -budget[1]))
+    for text in sorted({key[0] for key in plain}):
+        yield f"\n| {text} | {' | '.join(f'{share:.0%} of the {unit}' for unit, share in budgets)} |"
+        yield f"|---|{'---:|' * len(budgets)}"
+        rows = {method: [plain.get((text, method, *budget)) for budget in budgets] for _, method, *_ in plain}
+        for method in sorted(rows, key=lambda method: fmean(log(r["ratio"]) for r in rows[method] if r)):
+            yield f"| {method} | {' | '.join(map(_ratio, rows[method]))} |"
+
+
+def _ratio(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    ratio, error = record["ratio"], record["ratio_standard_error"]
+    return f"{ratio:.3f} ± {error:.3f}" if ratio < 10 else f"{ratio:.3g} ± {error:.2g}"
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
