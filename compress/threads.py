@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-SMALL = 4 << 20  # Entries of a layer's largest matrix up to which it pays; on SmolLM2 it takes 0.1 GiB.
+SMALL = 4 << 20  # Entries of a layer's largest matrix up to which it pays.
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
