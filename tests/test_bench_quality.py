@@ -40,16 +40,18 @@ def test_quality_is_measured_once_kept_and_shown_again(script, tiny_folder, text
     shown = capsys.readouterr().out.partition("\n\n")[2]
     cells = {line.split(" | ")[0]: line.split(" | ") for line in shown.splitlines() if " | text | " in line}
     assert ["±" in cells[f"| {method}"][7] for method in ("default", "wanda", "ort_int8")] == [False, True, False]
-    assert "\n| text | 60% of the params |\n|---|---:|\n" in shown
-    assert f"\n| wanda | {wanda['ratio']:.3f} ± " in shown
+    assert "\n| text | 60 % of the params |\n|---|---:|\n" in shown
+    assert f"\n| wanda | {wanda['ratio']:.3f} ± {wanda['ratio_standard_error']:.3f} |" in shown
 
     assert script(*arguments) == 0
     assert json.loads(file.read_text()) == records
     assert capsys.readouterr().out.strip() == shown.strip()
-    file.write_text(json.dumps([*records, default | {"method": "default mask_rule=2:4"}]))
+    elsewhere = wanda | {"method": "sslc", "text": "other"}
+    file.write_text(json.dumps([*records, default | {"method": "default mask_rule=2:4"}, elsewhere]))
     assert script("bench_quality", "--show", file, "--plot", plot) == 0
     assert set(shown.strip().splitlines()) < set(lines := capsys.readouterr().out.splitlines())
     assert any(line.startswith("| default mask_rule=2:4 | ") for line in lines)
+    assert f"| sslc | {wanda['ratio']:.3f} ± {wanda['ratio_standard_error']:.3f} |" in lines
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -62,9 +62,10 @@ def overview(records: list[dict[str, Any]]) -> Iterator[str]:
     plain = {(r["text"], r["method"], r["budget_in"], r["budget"]): r for r in published}
     budgets = sorted({key[2:] for key in plain}, key=lambda budget: (budget[0] == "bytes", -budget[1]))
     for text in sorted({key[0] for key in plain}):
-        yield f"\n| {text} | {' | '.join(f'{share:.0%} of the {unit}' for unit, share in budgets)} |"
+        yield f"\n| {text} | {' | '.join(f'{100 * share:g} % of the {unit}' for unit, share in budgets)} |"
         yield f"|---|{'---:|' * len(budgets)}"
-        rows = {method: [plain.get((text, method, *budget)) for budget in budgets] for _, method, *_ in plain}
+        methods = {method for other, method, *_ in plain if other == text}
+        rows = {method: [plain.get((text, method, *budget)) for budget in budgets] for method in methods}
         for method in sorted(rows, key=lambda method: fmean(log(r["ratio"]) for r in rows[method] if r)):
             yield f"| {method} | {' | '.join(map(_ratio, rows[method]))} |"
 
