@@ -66,6 +66,7 @@ def forecast(source: Source, options: CompressOptions, rate: float | None = None
     tokens = sequences * options.sequence_length if METHODS[options.method].calibrated or options.calibration else 0
     held_out = max(1, sequences // HELD_OUT_EVERY) * options.sequence_length if tokens else 0
     solving, refining = tokens - held_out, options.refinement if tokens else 0
+    measured = min(solving, importance.TOKENS) if options.allocation != "uniform" else 0
     low_rank = any(map(options.share_of, options.values_dtypes)) or bool(options.rank)
     products = PRODUCTS[options.method][low_rank]
     d = source.model.config.hidden_size
@@ -79,14 +80,13 @@ def forecast(source: Source, options: CompressOptions, rate: float | None = None
         forward = 2 * weights + 4 * options.sequence_length * d  # of one token
         operations += 2 * forward * tokens + grams * solving  # one half of each Gram matrix is multiplied
         operations += sum(2 * products * N * K * K for N, K in shapes.values())
-        if options.allocation != "uniform" and tokens:
-            operations += 4 * forward * min(solving, importance.TOKENS)  # up, down, and its gradient
-        operations += (refining > 0) * forward * (tokens + 2 * held_out)
+        operations += 4 * forward * measured  # up, down, and its gradient
+        operations += (refining > 0) * forward * (tokens - measured + 2 * held_out)
         operations += refining * 3 * forward * solving / (2 if has_fast_products() else 1)
         memory = max(memory, _block_memory(list(shapes.values()), grams, d, options, refining > 0))
     head = source.model.get_output_embeddings().weight
-    if options.allocation != "uniform" and tokens:
-        operations += 6 * head.numel() * min(solving, importance.TOKENS)
+    if measured:
+        operations += 6 * head.numel() * measured
         # The head, and logits, probabilities and their sums for a sequence.
         memory = max(memory, head.numel() * head.itemsize + 12 * options.sequence_length * head.shape[0])
     states = 4 * tokens * d

@@ -4,8 +4,8 @@ With a label drawn from the model's own prediction, the squared gradient of the 
 output y_n is, averaged over tokens, the diagonal of the Fisher information in y: to second order, an error e_n in y_n
 costs F_n·e_n²/2 nats of Kullback-Leibler divergence from the dense model. No loss on text is minimised.
 
-The states between blocks are written to a file on the way up, and each block is run once more on the way down, so that
-memory holds one block, whatever their number.
+The states between blocks are written to files on the way up, and each block is run once more on the way down, so that
+memory holds one block, whatever their number. Refinement, which aims at the same states, reads them again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.architectures import linear_shape, linears
-from compress.blocks import BlockCall, batches, block_output, embed, return_freed_memory, run, spilled_bytes
+from compress.blocks import BlockCall, batches, block_output, embed, return_freed_memory, run
 from compress.format import Progress, no_progress
 from compress.shards import read_header, read_tensor, write_shard
 from compress.source import Source, assign
@@ -27,6 +27,11 @@ from sslc_common.files import remove
 
 TOKENS = 8192  # More of them changed the allocation little.
 HEAD_ROWS = 8192  # of the output head that are widened to float32 at a time
+
+# What is measured of the states between blocks, a file for each, as all of them may be large:
+HIDDEN = "hidden"  # The states themselves, float32 [n, L, d].
+FISHER = "F"  # Their Fisher information [d, d]: the mean over tokens of g·gᵀ, g the gradient there.
+_FIRST = "first"  # In the place of a block's name, for the states before the first one.
 
 
 @dataclass(frozen=True)
@@ -43,52 +48,45 @@ class Importance:
 
 
 def measure(
-    source: Source,
-    tokens: Tensor,
-    scratch: Path,
-    seed: int,
-    progress: Progress = no_progress,
-    states: Path | None = None,
+    source: Source, tokens: Tensor, states: Path, seed: int, progress: Progress = no_progress
 ) -> dict[str, Importance]:
     """The importance of every linear layer of the decoder blocks, by full name.
 
     Args:
         source: The dense model.
         tokens: int64 [n, L]; the first ones, about TOKENS of them, are used.
-        scratch: Name of files for the hidden states before every block; removed at the end.
+        states: Folder for what `load_state` reads.
         seed: Of the drawn labels.
         progress: Wraps the loop over blocks.
-        states: Folder for what `load_state` reads; None if it is not wanted.
     """
-    tokens, files = _first(tokens), []
-    if states:
-        states.mkdir(exist_ok=True)
+    tokens, spill = _first(tokens), states / "spill.bin"
+    states.mkdir(exist_ok=True)
     try:
-        hidden, calls = embed(source, tokens, scratch)
-        for index, (name, call) in enumerate(zip(source.blocks, calls, strict=True)):
-            files.append(scratch.with_name(f"{scratch.name}.{index}"))
-            files[index].write_bytes(hidden.numpy().data)
+        hidden, calls = embed(source, tokens, spill)
+        _save_state(states, _FIRST, HIDDEN, hidden)
+        for name, call in zip(source.blocks, calls, strict=True):
             source.load_block(name)
             run(source.model.get_submodule(name), call, hidden)
+            _save_state(states, name, HIDDEN, hidden)
             source.model.get_submodule(name).to("meta")
             return_freed_memory()
         gradient = _head_gradient(source, tokens, hidden, seed)
-        found: dict[str, Importance] = {}
-        order = list(zip(source.blocks, calls, files, strict=True))[::-1]
-        for name, call, file in progress(order, "Measuring importance"):
-            source.load_block(name)
-            block = source.model.get_submodule(name)
-            if states:
-                flat = gradient.flatten(0, 1)
-                write_shard(_state_file(states, name), {"F": flat.T @ flat / len(flat)})
-            inputs = torch.from_file(str(file), size=hidden.numel(), dtype=torch.float32).view(hidden.shape)
-            found |= {f"{name}.{layer}": value for layer, value in _block(block, call, inputs, gradient).items()}
-            block.to("meta")
-            return_freed_memory()
-        return found
     finally:
-        for file in (scratch, *files):
-            remove(file)
+        remove(spill)
+    del hidden
+    found: dict[str, Importance] = {}
+    order = list(zip(source.blocks, (_FIRST, *source.blocks[:-1]), calls, strict=True))[::-1]
+    for name, before, call in progress(order, "Measuring importance"):
+        source.load_block(name)
+        block = source.model.get_submodule(name)
+        flat = gradient.flatten(0, 1)
+        _save_state(states, name, FISHER, flat.T @ flat / len(flat))
+        inputs = load_state(states, before, HIDDEN)
+        assert inputs is not None
+        found |= {f"{name}.{layer}": value for layer, value in _block(block, call, inputs, gradient).items()}
+        block.to("meta")
+        return_freed_memory()
+    return found
 
 
 def save(path: Path, importance: dict[str, Importance]) -> None:
@@ -107,13 +105,14 @@ def load(path: Path) -> dict[str, Importance]:
     return {name: Importance(tensors[f"{name}.outputs"], tensors[f"{name}.inputs"]) for name in layers}
 
 
-def load_state(states: Path, block: str) -> Tensor | None:
-    """The Fisher information F [d, d] of the hidden states after a block; None if it was not measured.
+def load_state(states: Path, block: str, what: str) -> Tensor | None:
+    """HIDDEN or FISHER of the states after a block, in float32; None if they were not measured.
 
-    That is the mean over tokens of g·gᵀ, g the gradient there. A file for each, as all of them may be large.
+    Raises:
+        InputError: the file is damaged.
     """
-    path = _state_file(states, block)
-    return read_tensor("F", read_header(path)["F"]) if path.is_file() else None
+    path = _state_file(states, block, what)
+    return read_tensor(what, read_header(path)[what]) if path.is_file() else None
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -126,14 +125,18 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0]
 
 
-def _state_file(states: Path, block: str) -> Path:
-    return states / f"{block}.safetensors"
+def state_bytes(source: Source, tokens: Tensor) -> int:
+    """Size of what `measure` writes for tokens [n, L]."""
+    d, blocks = source.model.config.hidden_size, len(source.blocks)
+    return 4 * d * ((blocks + 1) * _first(tokens).numel() + blocks * d)
 
 
-def scratch_bytes(source: Source, tokens: Tensor) -> int:
-    """Size of the files that `measure` will need for tokens [n, L]."""
-    tokens = _first(tokens)
-    return spilled_bytes(source, tokens) + 4 * tokens.numel() * source.model.config.hidden_size * len(source.blocks)
+def _save_state(states: Path, block: str, what: str, tensor: Tensor) -> None:
+    write_shard(_state_file(states, block, what), {what: tensor})
+
+
+def _state_file(states: Path, block: str, what: str) -> Path:
+    return states / f"{block}.{what}.safetensors"
 
 
 def _first(tokens: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ from compress.calibration import fingerprint, hold_out, read_tokens
 from compress.folder import copy_companions, write_config, write_index, write_json
 from compress.format import Progress, no_progress
 from compress.head import head_names, quantize_head
-from compress.importance import Importance, load, measure, save, scratch_bytes
+from compress.importance import Importance, load, measure, save, state_bytes
 from compress.options import METHODS, TEXT_ALLOCATIONS, CompressOptions
 from compress.planning import plan_model, share_out, space_needed
 from compress.report import CompressReport, LayerReport
-from compress.sequential import SPILL, STATES, compress_blocks, shard_names
+from compress.sequential import STATES, compress_blocks, shard_names
 from compress.shards import write_shard
 from compress.source import Source
 from compress.tuning import TOKENS, forget, tune_folder
@@ -99,8 +99,8 @@ def compress_model(
         importance: dict[str, Importance] = {}
         seen = tokens[:solving] if tokens is not None and options.allocation != "uniform" else None
         if seen is not None:
-            spilled = max(spilled, scratch_bytes(dense, seen))
-            spilled += refining * len(dense.blocks) * 4 * dense.model.config.hidden_size**2
+            states = state_bytes(dense, seen)
+            spilled = spilled + states if refining else max(spilled, states)
         require_space(work.folder, space_needed(dense, plans, options) + spilled - work.written_bytes())
         if seen is not None:
             importance = _importance(work, dense, seen, options, progress)
@@ -228,8 +228,10 @@ def _importance(
     """The importance of every layer: measured, or what an interrupted run measured."""
     path = work.folder / _IMPORTANCE
     if not path.is_file():
-        states = work.folder / STATES if options.refinement else None
-        save(path, measure(source, tokens, work.folder / SPILL, options.seed, progress, states))
+        states = work.folder / STATES
+        save(path, measure(source, tokens, states, options.seed, progress))
+        if not options.refinement:  # nothing else reads them
+            remove(states)
     return load(path)
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.architectures import linears
-from compress.blocks import LayerInputs, collect_inputs, embed, return_freed_memory, run
+from compress.blocks import BlockCall, LayerInputs, collect_inputs, embed, return_freed_memory, run
 from compress.budget import LayerPlan
 from compress.folder import shard_name
 from compress.format import Progress
-from compress.importance import Importance, load_state
+from compress.importance import FISHER, HIDDEN, Importance, load_state
 from compress.layer import LowRankSparseLinear
 from compress.options import METHODS, QUANTIZED, CompressOptions
 from compress.refinement import refine
@@ -27,7 +27,7 @@ from sslc_common.files import remove
 
 # In the folder of the work:
 STATES = "state_importance"
-SPILL = "hidden_states.bin"
+_SPILL = "hidden_states.bin"
 _DENSE_SPILL = "dense_hidden_states.bin"
 
 
@@ -54,7 +54,7 @@ def compress_blocks(
         progress: Wraps the loop over blocks.
     """
     rounding = not options.values_dtypes.isdisjoint(QUANTIZED)
-    spill, hidden = work.folder / SPILL, None
+    spill, hidden = work.folder / _SPILL, None
     dense_spill, dense = work.folder / _DENSE_SPILL, None
     try:
         if tokens is not None:
@@ -68,7 +68,7 @@ def compress_blocks(
             if unfinished or dense is not None:
                 stored = source.load_block(name)
             if dense is not None:
-                run(block, calls[index], dense)
+                _run_dense(block, calls[index], dense, load_state(work.folder / STATES, name, HIDDEN))
             if unfinished:
                 inputs: dict[str, LayerInputs] = {}
                 if hidden is not None:
@@ -81,7 +81,7 @@ def compress_blocks(
                         seen.gram = None
                 return_freed_memory()
                 if hidden is not None and dense is not None:
-                    F = load_state(work.folder / STATES, name)
+                    F = load_state(work.folder / STATES, name, FISHER)
                     refine(block, name, calls[index], hidden, dense, solving, F, options.refinement, options.seed)
                 return_freed_memory()
                 rows = store_block(block, name, stored, inputs, solved, options)
@@ -98,6 +98,14 @@ def compress_blocks(
     finally:
         remove(spill)
         remove(dense_spill)
+
+
+def _run_dense(block: nn.Module, call: BlockCall, dense: Tensor, known: Tensor | None) -> None:
+    """`run` on the dense model's hidden states [n, L, d], the first of which `compress.importance` may know already."""
+    count = 0 if known is None else len(known)
+    if known is not None:
+        dense[:count] = known
+    run(block, call, dense[count:])
 
 
 def _load_finished(source: Source, name: str, shard: Path) -> None:

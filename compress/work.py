@@ -21,7 +21,7 @@ from sslc_common.files import remove, sha256
 MANIFEST = "manifest.json"
 
 # Part of the manifest: raise it when a change makes finished blocks differ from what a rerun would write.
-ALGORITHM_VERSION = 13
+ALGORITHM_VERSION = 14
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Work:
 
     def written_bytes(self) -> int:
         """Bytes of the files that are there already."""
-        return sum(path.stat().st_size for path in self.folder.iterdir())
+        return sum(path.stat().st_size for path in self.folder.rglob("*"))
 
     def publish(self, out: Path) -> None:
         """Moves the finished folder to its place, replacing what is there."""

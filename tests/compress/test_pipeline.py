@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 import compress.hf  # teaches transformers to load compressed folders
-from compress import sequential
+from compress import importance, sequential
 from compress.blocks import GRAM_STRIP, BlockCall, collect_inputs, embed, run
 from compress.calibration import hold_out
 from compress.format import Checkpoint
@@ -78,6 +78,26 @@ def test_blocks_run_one_by_one_are_the_model(tmp_path, tokens, family, dtype):
     logits(model, tokens)
     assert torch.equal(hidden, seen[0])
     assert not (tmp_path / "spill").exists()
+
+
+def test_the_dense_model_is_not_run_where_importance_knows_its_states(tmp_path, tiny_llama, tokens, monkeypatch):
+    source, states, ran = Source.open(tiny_llama), tmp_path / "states", []
+    monkeypatch.setattr(
+        sequential, "run", lambda block, call, hidden: (ran.append(len(hidden)), run(block, call, hidden))
+    )
+    with torch.no_grad():
+        importance.measure(source, tokens[:3], states, seed=0)
+        hidden, calls = embed(source, tokens, tmp_path / "spill")
+        for name, call in zip(source.blocks, calls, strict=True):
+            source.load_block(name)
+            known = importance.load_state(states, name, importance.HIDDEN)
+            sequential._run_dense(source.model.get_submodule(name), call, hidden, known)
+            assert torch.equal(hidden[:3], known)
+    assert ran == [len(tokens) - 3] * 3
+    model, seen = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), []
+    model.get_submodule(source.blocks[-1]).register_forward_hook(lambda _, __, y: seen.append(y))
+    logits(model, tokens)
+    assert torch.allclose(hidden, seen[0], atol=1e-5)
 
 
 def test_hidden_states_may_lie_in_a_file(tmp_path, tiny_llama, tokens, monkeypatch):
