@@ -26,7 +26,7 @@ from compress.work import Work
 from sslc_common.files import remove
 
 # In the folder of the work:
-STATES = "state_importance"
+STATES = "states"
 _SPILL = "hidden_states.bin"
 _DENSE_SPILL = "dense_hidden_states.bin"
 
