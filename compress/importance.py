@@ -100,7 +100,8 @@ def load(path: Path) -> dict[str, Importance]:
     Raises:
         InputError: the file is damaged.
     """
-    tensors = {name: read_tensor(name, ref) for name, ref in read_header(path).items()}
+    # Copies: each tensor would keep a mapping of the whole file, and the system counts its pages as often.
+    tensors = {name: read_tensor(name, ref).clone() for name, ref in read_header(path).items()}
     layers = {name.rpartition(".")[0] for name in tensors}
     return {name: Importance(tensors[f"{name}.outputs"], tensors[f"{name}.inputs"]) for name in layers}
 
