@@ -20,6 +20,7 @@ from compress.importance import Importance
 from compress.options import METHODS, VALUE_BITS, CompressOptions
 from compress.rules import parse_rule
 from compress.source import Source
+from compress.tuning import file_bytes
 from sslc_common.errors import InputError
 
 
@@ -117,14 +118,15 @@ def _problem(
 
 
 def space_needed(source: Source, plans: dict[str, LayerPlan], options: CompressOptions) -> int:
-    """Bytes of the tensors of the checkpoint that will be written, at most."""
-    size = sum(ref.length for ref in source.checkpoint.tensors.values())
+    """Bytes that will be written, at most: the tensors of the checkpoint, and what tuning keeps beside them."""
+    size, tuned = sum(ref.length for ref in source.checkpoint.tensors.values()), 0
     for name, plan in plans.items():
         if not plan.dense_reason:
             N, K = linear_shape(source.model.get_submodule(name))
             size -= source.ref(f"{name}.weight").length
             size += stored_bytes(N, K, plan.nnz, plan.rank, VALUE_BITS[options.values_dtype_of(name)])
-    return size
+            tuned += plan.rank * (N + K) + (options.tuning_of == "all") * plan.nnz
+    return size + file_bytes(tuned, options.tuning_minutes)
 
 
 def _bias_bytes(source: Source, name: str) -> int:

@@ -19,7 +19,8 @@ class TrainableLinear(nn.Module):
 
     def __init__(self, layer: LowRankSparseLinear) -> None:
         super().__init__()
-        self.bitmap, self.shape = layer.bitmap, (layer.out_features, layer.in_features)
+        # A copy, as all that is kept: a tensor that is mapped from a file keeps the whole of it in memory.
+        self.bitmap, self.shape = layer.bitmap.clone(), (layer.out_features, layer.in_features)
         self.places = unpack_mask(layer.bitmap, layer.in_features).flatten().nonzero()[:, 0]
         self.values = nn.Parameter(layer.values.float().clone())
         self.U, self.V = nn.Parameter(layer.U.float().clone()), nn.Parameter(layer.V.float().clone())

@@ -31,6 +31,7 @@ LEARNING_RATE = 4e-4
 WARM_UP = 10  # steps
 LAST = 0.05  # The rate falls along a cosine to this share.
 SEQUENCES_PER_STEP = 2
+LOGITS = 1 << 22  # at a time
 TOKENS = 1 << 18  # Of text, at most; longer tuning goes through it again.
 SAVED_EVERY = 300.0  # seconds
 _TUNED = "tuned.safetensors"
@@ -71,6 +72,17 @@ def forget(folder: Path) -> None:
     """Removes what `tune_folder` left for the case of an interruption."""
     remove(folder / _STATE)
     remove(folder / _TUNED)
+
+
+def file_bytes(tuned: int, minutes: float) -> int:
+    """Bytes of the files that tuning keeps beside the checkpoint, at most.
+
+    Args:
+        tuned: How many numbers are.
+        minutes: See `tune`.
+    """
+    copies = 6 if 60 * minutes > SAVED_EVERY else minutes > 0  # two moments, too, and all again while it is replaced
+    return 4 * tuned * copies
 
 
 def tune(
@@ -127,7 +139,7 @@ def tune(
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * cosine
         rows = torch.arange(step * SEQUENCES_PER_STEP, (step + 1) * SEQUENCES_PER_STEP) % len(tokens)
         with torch.enable_grad():
-            _divergence(dense, compressed, tokens[rows]).backward()
+            _backward(dense, compressed, tokens[rows])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if state and 60 * minutes * passed - saved >= SAVED_EVERY:
@@ -136,14 +148,28 @@ def tune(
     return {name: parameter.detach() for name, parameter in tuned.items()}
 
 
-def _divergence(dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """KL(dense ‖ compressed), mean over the tokens [n, L], in nats."""
+def _backward(dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Tensor) -> None:
+    """Adds the gradients of KL(dense ‖ compressed), mean over the tokens [n, L], to those of the parameters.
+
+    Logits are made for some tokens at a time, as they and what is made of them would take more memory than all else.
+    """
     with fast_products():
         with torch.no_grad():
-            wanted = dense(tokens, use_cache=False).logits
-        got = compressed(tokens, use_cache=False).logits
-    wanted, got = (logits.flatten(0, 1).float().log_softmax(-1) for logits in (wanted, got))
-    return functional.kl_div(got, wanted, reduction="batchmean", log_target=True)
+            wanted = _last_states(dense, tokens)
+        got = _last_states(compressed, tokens)
+        heads = dense.get_output_embeddings(), compressed.get_output_embeddings()
+        end = got.detach().requires_grad_()
+        rows = max(1, LOGITS // dense.config.vocab_size)
+        for states in zip(wanted.split(rows), end.split(rows), strict=True):
+            p, q = (head(x).float().log_softmax(-1) for head, x in zip(heads, states, strict=True))
+            (functional.kl_div(q, p.detach(), reduction="sum", log_target=True) / tokens.numel()).backward()
+    got.backward(end.grad)
+
+
+def _last_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the head of a model sees of tokens [n, L], as [n·L, d]."""
+    states: Tensor = model.base_model(tokens, use_cache=False).last_hidden_state
+    return states.flatten(0, 1)
 
 
 def _save(path: Path, tuned: dict[str, nn.Parameter], optimizer: torch.optim.Adam, step: int, seconds: float) -> None:

@@ -9,6 +9,7 @@ from compress.format import Checkpoint
 from compress.layer import LowRankSparseLinear
 from compress.options import CompressOptions
 from compress.pipeline import compress_model
+from compress.trainable import make_trainable
 from compress.tuning import tune_folder
 from sslc_common.errors import InputError
 from tests.compress.models import save_tiny
@@ -53,6 +54,25 @@ def test_tuning_brings_the_model_nearer_to_the_dense_one_and_keeps_the_mask(
     kept, still = masks(before), masks(after)
     assert all(torch.equal(kept[name], still[name]) for name in kept)
     assert not (after / "tuned.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2", "qwen3", "mistral"])
+def test_the_gradient_is_that_of_the_divergence_however_many_logits_there_are_at_a_time(
+    tmp_path, tokens, family, monkeypatch
+):
+    source = save_tiny(tmp_path / "source", family, initializer_range=0.2)
+    compress_model(source, tmp_path / "out", CompressOptions(), tokens=tokens)
+    dense, compressed = compress.load(source).double(), compress.load(tmp_path / "out")
+    make_trainable(compressed)
+    compressed.double()
+    wanted, got = (model(tokens[:3]).logits.flatten(0, 1).log_softmax(-1) for model in (dense, compressed))
+    divergence = torch.nn.functional.kl_div(got, wanted.detach(), reduction="batchmean", log_target=True)
+    trained = [p for p in compressed.parameters() if p.requires_grad and p.numel()]
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(divergence, trained)])
+    monkeypatch.setattr(tuning, "LOGITS", 7 * dense.config.vocab_size)  # the last piece has fewer tokens
+    tuning._backward(dense, compressed, tokens[:3])
+    found = torch.cat([p.grad.flatten() for p in trained])
+    assert (found - expected).norm() < 1e-5 * expected.norm()  # the divergence itself is in float32
 
 
 def test_what_lies_outside_the_blocks_but_for_norms_is_untouched(tmp_path, tiny_llama, compressed, tokens, steps):
