@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compress import importance
+from compress import importance, tuning
 from compress.architectures import linear_shape, linears
 from compress.blocks import SPILL_BYTES
 from compress.calibration import HELD_OUT_EVERY
@@ -90,8 +90,10 @@ def forecast(source: Source, options: CompressOptions, rate: float | None = None
         # The head, and logits, probabilities and their sums for a sequence.
         memory = max(memory, head.numel() * head.itemsize + 12 * options.sequence_length * head.shape[0])
     states = 4 * tokens * d
-    memory += _PROCESS + (1 + (refining > 0)) * states * (states <= SPILL_BYTES)
-    return Forecast(operations / (_EFFICIENCY * (rate or measure_rate())), memory)
+    memory += (1 + (refining > 0)) * states * (states <= SPILL_BYTES)
+    if options.tuning_minutes:
+        memory = max(memory, _tuning_memory(source, options))
+    return Forecast(operations / (_EFFICIENCY * (rate or measure_rate())), _PROCESS + memory)
 
 
 def measure_rate() -> float:
@@ -115,6 +117,22 @@ def _block_memory(shapes: list[tuple[int, int]], grams: int, d: int, options: Co
     solving = 4 * (grams + sum(layers[: 2 if side_by_side(shapes) else 1]))
     kept = options.budget * weights
     # Values, their gradients, two moments and what they were; where they go; S and its gradient, dense; activations.
-    activations = 4 * TOKENS_PER_STEP * (20 * d + 4 * max(N for N, _ in shapes))
-    refining_bytes = refining * (28 * kept + 8 * weights + activations)
+    refining_bytes = refining * (28 * kept + 8 * weights + _activations(TOKENS_PER_STEP, d, shapes))
     return int(4 * weights + 4 * weights / 2 + max(solving, refining_bytes))
+
+
+def _activations(tokens: int, d: int, shapes: list[tuple[int, int]]) -> int:
+    """Bytes that a block keeps of so many tokens for its gradients."""
+    return 4 * tokens * (16 * d + 4 * max(N for N, _ in shapes))
+
+
+def _tuning_memory(source: Source, options: CompressOptions) -> int:
+    """Bytes while the whole model is tuned: all of both models, and what every block keeps of a step's tokens."""
+    model, tokens = source.model, tuning.SEQUENCES_PER_STEP * options.sequence_length
+    blocks = [[linear_shape(x) for x in linears(model.get_submodule(block)).values()] for block in source.blocks]
+    weights = sum(N * K for shapes in blocks for N, K in shapes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Values and where they go; if they are tuned, their gradients and two moments.
+    kept = (24 if options.tuning_of == "all" else 12) * options.budget * weights
+    models = 4 * parameters + 4 * (parameters - weights) + kept + 4 * weights  # the last: S of every layer, dense
+    return int(models + sum(_activations(tokens, model.config.hidden_size, shapes) for shapes in blocks))

@@ -48,5 +48,12 @@ def test_refinement_needs_room_for_moments_where_blocks_are_large(tmp_path):
     assert forecast(source, small(), RATE).memory > forecast(source, small(refinement=0), RATE).memory
 
 
+def test_tuning_holds_the_whole_model(of_blocks):
+    few, many = (forecast(of_blocks(n), small(tuning_minutes=1), RATE).memory for n in (2, 8))
+    assert few > forecast(of_blocks(2), small(), RATE).memory
+    assert many > few
+    assert forecast(of_blocks(8), small(tuning_minutes=1, tuning_of="factors"), RATE).memory < many
+
+
 def test_the_rate_is_that_of_a_computer():
     assert 1e9 < measure_rate() < 1e14

@@ -9,6 +9,8 @@ from compress.format import Checkpoint
 from compress.layer import LowRankSparseLinear
 from compress.options import CompressOptions
 from compress.pipeline import compress_model
+from compress.planning import plan_model, space_needed
+from compress.source import Source
 from compress.trainable import make_trainable
 from compress.tuning import tune_folder
 from sslc_common.errors import InputError
@@ -150,6 +152,24 @@ def test_interrupted_tuning_goes_on_where_it_was_saved(tmp_path, tiny_llama, com
     tune_folder(cut, tiny_llama, tokens, 1)
     a, b = (tuning.read_header(folder / "tuned.safetensors") for folder in (straight, cut))
     assert all(torch.equal(tuning.read_tensor(n, a[n]), tuning.read_tensor(n, b[n])) for n in a)
+
+
+def test_what_it_keeps_for_an_interruption_counts_in_the_space_that_is_needed(tmp_path, tiny_llama):
+    plain = {"rank_share": 0.2, "method": "magnitude", "allocation": "uniform"}
+    compress_model(tiny_llama, tmp_path / "out", CompressOptions(**plain))
+    written = Checkpoint.open(tmp_path / "out").tensors
+    parts = {part: sum(ref.length for name, ref in written.items() if name.endswith(f".{part}")) for part in "UV"}
+    parts["values"] = sum(ref.length for name, ref in written.items() if name.endswith(".values"))
+
+    def files(**tuning):
+        source = Source.open(tiny_llama)
+        with_it, without = CompressOptions(**plain, **tuning), CompressOptions(**plain)
+        plans = plan_model(source, without)
+        return space_needed(source, plans, with_it) - space_needed(source, plans, without)
+
+    assert files(tuning_minutes=5) == sum(parts.values())
+    assert files(tuning_minutes=6) == 6 * sum(parts.values())  # with moments, and all again while it is replaced
+    assert files(tuning_minutes=5, tuning_of="factors") == parts["U"] + parts["V"]
 
 
 def test_tuning_reads_on_in_the_calibration_text(tmp_path, tiny_llama, monkeypatch):
