@@ -49,10 +49,10 @@ def test_refinement_needs_room_for_moments_where_blocks_are_large(tmp_path):
 
 
 def test_tuning_holds_the_whole_model(of_blocks):
-    few, many = (forecast(of_blocks(n), small(tuning_minutes=1), RATE).memory for n in (2, 8))
-    assert few > forecast(of_blocks(2), small(), RATE).memory
-    assert many > few
-    assert forecast(of_blocks(8), small(tuning_minutes=1, tuning_of="factors"), RATE).memory < many
+    few, many = of_blocks(20), of_blocks(40)
+    tuned = [forecast(source, small(tuning_minutes=1), RATE).memory for source in (few, many)]
+    assert forecast(few, small(), RATE).memory < tuned[0] < tuned[1]
+    assert forecast(many, small(tuning_minutes=1, tuning_of="factors"), RATE).memory < tuned[1]
 
 
 def test_the_rate_is_that_of_a_computer():
