@@ -157,12 +157,14 @@ def _backward(dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Tenso
         with torch.no_grad():
             wanted = _last_states(dense, tokens)
         got = _last_states(compressed, tokens)
-        heads = dense.get_output_embeddings(), compressed.get_output_embeddings()
+        dense_head, head = dense.get_output_embeddings(), compressed.get_output_embeddings()
         end = got.detach().requires_grad_()
         rows = max(1, LOGITS // dense.config.vocab_size)
-        for states in zip(wanted.split(rows), end.split(rows), strict=True):
-            p, q = (head(x).float().log_softmax(-1) for head, x in zip(heads, states, strict=True))
-            (functional.kl_div(q, p.detach(), reduction="sum", log_target=True) / tokens.numel()).backward()
+        for x, y in zip(wanted.split(rows), end.split(rows), strict=True):
+            with torch.no_grad():
+                p = dense_head(x).float().log_softmax(-1)
+            q = head(y).float().log_softmax(-1)
+            (functional.kl_div(q, p, reduction="sum", log_target=True) / tokens.numel()).backward()
     got.backward(end.grad)
 
 
