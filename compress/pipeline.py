@@ -113,9 +113,10 @@ def compress_model(
         written = write_index(work.folder, shard_names(dense))
         copy_companions(source, work.folder)
         write_config(work.folder, dense.checkpoint.config, _compression_config(rows, identity))
+        steps = 0
         if options.tuning_minutes:
             text = tokens[:solving] if tokens is not None and not options.calibration else _tuning_text(source, options)
-            tune_folder(work.folder, source, text, options.tuning_minutes, options.tuning_of, progress)
+            steps = tune_folder(work.folder, source, text, options.tuning_minutes, options.tuning_of, progress)
         head = None
         if options.head == "int8":  # after the tuning, which has no use for rounded weights
             head = quantize_head(work.folder / shard_names(dense)[-1], dense)
@@ -135,6 +136,7 @@ def compress_model(
             seconds=time.perf_counter() - began,
             resumed_blocks=resumed,
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            tuning_steps=steps,
         )
         write_json(work.folder / REPORT, report.to_json())
         remove(work.folder / _IMPORTANCE)
@@ -149,12 +151,12 @@ def _done_before(out: Path, identity: dict[str, Any]) -> CompressReport | None:
     """The report of an output that the same source, text and options made before."""
     try:
         config = json.loads((out / "config.json").read_bytes())["quantization_config"]
-        report = json.loads((out / REPORT).read_bytes())
-    except (OSError, ValueError, KeyError):
+        report = CompressReport.from_json(json.loads((out / REPORT).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):  # TypeError: what is written there has another shape
         return None
     wanted = json.loads(json.dumps(_decided_by(identity)))
     same = isinstance(config, dict) and all(key in config and config[key] == value for key, value in wanted.items())
-    return CompressReport.from_json(report) if same else None
+    return report if same else None
 
 
 def _decided_by(identity: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class CompressReport:
         seconds: For everything, resumed work not included.
         resumed_blocks: Blocks that an interrupted run had finished.
         peak_memory: Most resident bytes that the process had, from its start.
+        tuning_steps: How many steps the tuning took; 0 without.
     """
 
     method: str
@@ -82,6 +83,7 @@ class CompressReport:
     resumed_blocks: int
     peak_memory: int
     head: LayerReport | None = None
+    tuning_steps: int = 0
 
     @property
     def bytes(self) -> int:

@@ -27,7 +27,7 @@ from compress.trainable import fast_products, make_trainable
 from sslc_common.errors import InputError
 from sslc_common.files import remove
 
-LEARNING_RATE = 4e-4
+LEARNING_RATE = 2e-4
 WARM_UP = 10  # steps
 LAST = 0.05  # The rate falls along a cosine to this share.
 SEQUENCES_PER_STEP = 2
@@ -36,12 +36,13 @@ TOKENS = 1 << 18  # Of text, at most; longer tuning goes through it again.
 SAVED_EVERY = 300.0  # seconds
 _TUNED = "tuned.safetensors"
 _STATE = "tuning.safetensors"
+_STEP = "step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.Adam calls them
 
 
 def tune_folder(
     folder: Path, source: Path, tokens: Tensor, minutes: float, what: str = "all", progress: Progress = no_progress
-) -> None:
+) -> int:
     """Tunes a compressed folder in place; see `tune`.
 
     An interrupted run goes on from where it was up to five minutes before. What was tuned is written to a file of its
@@ -54,11 +55,15 @@ def tune_folder(
         minutes: See `tune`.
         what: See `tune`.
         progress: See `tune`.
+
+    Returns:
+        How many steps it took, those of an interrupted run included.
     """
     path = folder / _TUNED
     if not path.is_file():
         dense, compressed = hf.load(source, torch.float32), hf.load(folder, torch.float32)
-        write_shard(path, tune(dense, compressed, tokens, minutes, what, folder / _STATE, progress))
+        tensors, steps = tune(dense, compressed, tokens, minutes, what, folder / _STATE, progress)
+        write_shard(path, tensors | {_STEP: torch.tensor([steps])})
     tuned = read_header(path)
     for shard in sorted(folder.glob("model-*.safetensors")):
         tensors = {name: read_tensor(name, ref) for name, ref in read_header(shard).items()}
@@ -66,6 +71,7 @@ def tune_folder(
         for name, tensor in changed.items():
             require_finite(tensor, name, path)
         write_shard(shard, tensors | changed)
+    return int(read_tensor(_STEP, tuned[_STEP]))
 
 
 def forget(folder: Path) -> None:
@@ -93,7 +99,7 @@ def tune(
     what: str = "all",
     state: Path | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], int]:
     """Tunes a compressed model.
 
     Args:
@@ -106,7 +112,7 @@ def tune(
         progress: Wraps the loop over steps.
 
     Returns:
-        The tuned tensors in float32, by their names in the checkpoint.
+        The tuned tensors in float32, by their names in the checkpoint, and how many steps it took.
 
     Raises:
         InputError: only U and V are to be tuned, and there are none.
@@ -126,7 +132,7 @@ def tune(
     for parameter in trained:
         parameter.requires_grad_()
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95), fused=True)
-    first, before = _resume(state, tuned, optimizer) if state and state.is_file() else (0, 0.0)
+    step, before = _resume(state, tuned, optimizer) if state and state.is_file() else (0, 0.0)
     began, saved = time.monotonic() - before, before
 
     def until_the_time_is_up() -> Iterator[float]:
@@ -134,7 +140,7 @@ def tune(
         while (passed := (time.monotonic() - began) / (60 * minutes)) < 1:
             yield passed
 
-    for step, passed in enumerate(progress(until_the_time_is_up(), "Tuning"), first):
+    for passed in progress(until_the_time_is_up(), "Tuning"):
         cosine = LAST + (1 - LAST) * (1 + math.cos(math.pi * passed)) / 2
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * cosine
         rows = torch.arange(step * SEQUENCES_PER_STEP, (step + 1) * SEQUENCES_PER_STEP) % len(tokens)
@@ -142,10 +148,11 @@ def tune(
             _backward(dense, compressed, tokens[rows])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        step += 1
         if state and 60 * minutes * passed - saved >= SAVED_EVERY:
             saved = 60 * minutes * passed
-            _save(state, tuned, optimizer, step + 1, saved)
-    return {name: parameter.detach() for name, parameter in tuned.items()}
+            _save(state, tuned, optimizer, step, saved)
+    return {name: parameter.detach() for name, parameter in tuned.items()}, step
 
 
 def _backward(dense: PreTrainedModel, compressed: PreTrainedModel, tokens: Tensor) -> None:
@@ -177,14 +184,14 @@ def _last_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def _save(path: Path, tuned: dict[str, nn.Parameter], optimizer: torch.optim.Adam, step: int, seconds: float) -> None:
     """What tuning needs to go on: parameters, their moments, steps and seconds so far."""
     moments = {f"{m}.{n}": optimizer.state[p][m] for n, p in tuned.items() if p in optimizer.state for m in _MOMENTS}
-    so_far = {"step": torch.tensor([step]), "seconds": torch.tensor([seconds], dtype=torch.float64)}
+    so_far = {_STEP: torch.tensor([step]), "seconds": torch.tensor([seconds], dtype=torch.float64)}
     write_shard(path, tuned | moments | so_far)
 
 
 def _resume(path: Path, tuned: dict[str, nn.Parameter], optimizer: torch.optim.Adam) -> tuple[int, float]:
     """The inverse of `_save`; returns steps and seconds so far."""
     saved = {name: read_tensor(name, ref) for name, ref in read_header(path).items()}
-    step = int(saved["step"])
+    step = int(saved[_STEP])
     for name, parameter in tuned.items():
         parameter.data.copy_(saved[name])
         if f"{_MOMENTS[0]}.{name}" in saved:

@@ -71,6 +71,7 @@ class Record:
         dense_bytes: Of the same layers, dense.
         layer_error: Mean over the layers of ‖(W − S − UV)X‖/‖WX‖ on calibration text not solved on; None without.
         seconds: Of the compression.
+        tuning_steps: Of these; 0 without tuning.
         chunk_nll: Mean negative log-likelihood of each chunk, in nats: what pairs two methods.
     """
 
@@ -89,6 +90,7 @@ class Record:
     dense_bytes: int
     layer_error: float | None
     seconds: float
+    tuning_steps: int
     chunk_nll: tuple[float, ...]
 
 
@@ -177,6 +179,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, known: set[tuple[str, 
                     dense_bytes=report.dense_bytes,
                     layer_error=sum(errors) / len(errors) if errors else None,
                     seconds=report.seconds,
+                    tuning_steps=report.tuning_steps,
                 )
                 shutil.rmtree(out)
     for bits in arguments.ort_bits:
@@ -194,6 +197,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, known: set[tuple[str, 
             dense_bytes=dense_size,
             layer_error=None,
             seconds=time.perf_counter() - began,
+            tuning_steps=0,
         )
 
 

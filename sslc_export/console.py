@@ -85,6 +85,8 @@ def forecast(expected: Forecast, tuning_minutes: float) -> None:
 def compression(report: CompressReport) -> None:
     """What a compression took and came to."""
     note(f"took {report.seconds / 60:.1f} minutes and {report.peak_memory / 2**30:.1f} GiB of memory")
+    if report.tuning_steps:
+        note(f"tuned in {report.tuning_steps} steps")
     kept = [layer for layer in report.layers if not layer.dense_reason]
     note(
         f"{len(kept)} of {len(report.layers)} layers compressed by {report.method}: "

@@ -502,6 +502,10 @@ def test_what_was_done_before_is_not_done_again(tmp_path, tiny_llama, tokens, mo
     assert compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens) == report
     with pytest.raises(InputError, match="exists already"):
         compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens.flip(1))
+    for damaged in ("{}", "[]", '{"layers": 1}', json.dumps(report.to_json() | {"head": {"rank": 1}})):
+        (tmp_path / "out" / "compression_report.json").write_text(damaged)
+        with pytest.raises(InputError, match="exists already"):
+            compress_model(tiny_llama, tmp_path / "out", options, tokens=tokens)
 
 
 def test_the_source_is_never_overwritten(tiny_llama):

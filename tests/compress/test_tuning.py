@@ -34,7 +34,7 @@ def steps(monkeypatch):
 
     def set_steps(count):
         ticks = iter(range(10**9))
-        monkeypatch.setattr(tuning.time, "monotonic", lambda: 60 * next(ticks) / count)
+        monkeypatch.setattr(tuning.time, "monotonic", lambda: 60 * next(ticks) / (count + 1))
 
     return set_steps
 
@@ -125,8 +125,10 @@ def test_interrupted_while_the_shards_are_written_it_goes_on_with_the_same_numbe
     shutil.copytree(tmp_path / "out.partial", tmp_path / "partial")
     monkeypatch.setattr(tuning, "write_shard", write)
     monkeypatch.setattr(tuning, "tune", None)  # may not be called
-    compress_model(tiny_llama, out, options, tokens=tokens)
+    report = compress_model(tiny_llama, out, options, tokens=tokens)
+    assert report.tuning_steps == 3
     tuned = tuning.read_header(tmp_path / "partial" / "tuned.safetensors")
+    del tuned["step"]
     checkpoint = Checkpoint.open(out)
     for name, ref in tuned.items():
         assert torch.equal(checkpoint.read(name), tuning.read_tensor(name, ref))
@@ -136,7 +138,7 @@ def test_interrupted_tuning_goes_on_where_it_was_saved(tmp_path, tiny_llama, com
     straight, cut = (shutil.copytree(compressed, tmp_path / name) for name in ("straight", "cut"))
     monkeypatch.setattr(tuning, "SAVED_EVERY", 6)  # of 60 seconds
     steps(12)
-    tune_folder(straight, tiny_llama, tokens, 1)
+    assert tune_folder(straight, tiny_llama, tokens, 1) == 12
 
     def stops(items, _):
         for index, item in enumerate(items):
@@ -149,7 +151,7 @@ def test_interrupted_tuning_goes_on_where_it_was_saved(tmp_path, tiny_llama, com
         tune_folder(cut, tiny_llama, tokens, 1, progress=stops)
     assert int(tuning.read_tensor("step", tuning.read_header(cut / "tuning.safetensors")["step"])) == 4
     steps(12)
-    tune_folder(cut, tiny_llama, tokens, 1)
+    assert tune_folder(cut, tiny_llama, tokens, 1) == 12
     a, b = (tuning.read_header(folder / "tuned.safetensors") for folder in (straight, cut))
     assert all(torch.equal(tuning.read_tensor(n, a[n]), tuning.read_tensor(n, b[n])) for n in a)
 
