@@ -71,7 +71,7 @@ class Record:
         dense_bytes: Of the same layers, dense.
         layer_error: Mean over the layers of ‖(W − S − UV)X‖/‖WX‖ on calibration text not solved on; None without.
         seconds: Of the compression.
-        tuning_steps: Of these; 0 without tuning.
+        tuning_steps: How many steps the tuning took; 0 without.
         chunk_nll: Mean negative log-likelihood of each chunk, in nats: what pairs two methods.
     """
 
